@@ -1,0 +1,1 @@
+"""A thin layer over Ray: connecting, resources, jobs. Knows dualvla.errors and dualvla.io only."""

@@ -1,0 +1,1 @@
+"""Files: storage (local, s3, any fsspec URL), manifests, data sets. Knows nothing of the method."""

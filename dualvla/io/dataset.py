@@ -1,0 +1,140 @@
+"""Data set folders of contract.md: `data/*.parquet` in a fixed row order, `quarantine/*.parquet`, `manifest.json`.
+
+Equal rows give equal bytes: fixed writer settings, no pandas metadata, nothing about time. Knows schema.py and storage.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from dualvla.errors import DataError
+from dualvla.io import manifest, storage
+from dualvla.schema import step_schema
+
+KIND = "dataset"
+
+
+@dataclass(frozen=True)
+class Dataset:
+    """A finished data set folder: its manifest and the sorted URLs of its parquet files."""
+
+    folder: str
+    manifest: Mapping[str, Any]
+    files: tuple[str, ...]
+
+    def read(self, columns: Sequence[str] | None = None) -> pa.Table:
+        """All rows, in file order. Raises: DataError naming the file that cannot be read."""
+        return pa.concat_tables([read_table(file, columns) for file in self.files])
+
+
+def open_dataset(folder: str) -> Dataset:
+    """Raises: DataError if the folder is missing, unfinished, or files named in its manifest are gone."""
+    found = manifest.require(folder, KIND)
+    files = storage.list_files(storage.join(folder, "data"), ".parquet")
+    missing = sorted(set(found["files"]) - {f.rsplit("/", 1)[-1] for f in files})
+    if missing:
+        raise DataError(f"'{folder}' lacks data/{missing[0]}, which its manifest names.", "make the data set again")
+    return Dataset(folder, found, tuple(files))
+
+
+def part_url(folder: str, index: int) -> str:
+    return storage.join(folder, "data", f"part-{index:05d}.parquet")
+
+
+def rows_to_table(rows: Iterable[Mapping[str, Any]], labels: bool = False) -> pa.Table:
+    """Step rows (missing columns become null, unknown ones are refused) as a table of the schema."""
+    schema = step_schema(labels)
+    rows = list(rows)
+    unknown = {name for row in rows for name in row} - set(schema.names)
+    if unknown:
+        raise DataError(f"Unknown step columns: {', '.join(sorted(unknown))}.", "see dualvla/schema.py")
+    columns = [pa.array([row.get(f.name) for row in rows], type=f.type) for f in schema]
+    return pa.table(columns, schema=schema)
+
+
+def write_table(url: str, table: pa.Table) -> str:
+    """Atomic, byte-deterministic parquet. Returns the sha256 of the file."""
+    sink = io.BytesIO()
+    pq.write_table(
+        table.replace_schema_metadata(None),
+        sink,
+        compression="zstd",
+        row_group_size=4096,
+        write_statistics=True,
+    )
+    data = sink.getvalue()
+    storage.write_bytes(url, data)
+    return hashlib.sha256(data).hexdigest()
+
+
+def read_table(url: str, columns: Sequence[str] | None = None) -> pa.Table:
+    """Raises: DataError naming a truncated or foreign file, or a missing column."""
+    try:
+        file = pq.ParquetFile(pa.BufferReader(storage.read_bytes(url)))
+        lacking = set(columns or ()) - set(file.schema_arrow.names)
+        if lacking:
+            raise DataError(f"'{url}' has no column '{sorted(lacking)[0]}'.", "make the data set with this version")
+        return file.read(columns=list(columns) if columns is not None else None)
+    except (pa.ArrowInvalid, OSError) as error:
+        raise DataError(
+            f"'{url}' is not a readable parquet file: {error}.",
+            "it may be truncated; make the data set again",
+        ) from error
+
+
+def finish_dataset(
+    folder: str,
+    config: Mapping[str, Any],
+    inputs: Mapping[str, str],
+    *,
+    rows_in: int,
+    rows_quarantined: int = 0,
+    **facts: Any,
+) -> dict[str, Any]:
+    """Counts what lies in `data/` and writes the manifest. Invariant: rows_in = rows_out + rows_quarantined."""
+    files = storage.list_files(storage.join(folder, "data"), ".parquet")
+    rows_out, episodes = 0, set()
+    for file in files:
+        ids = read_table(file, ["episode_id"])["episode_id"]
+        rows_out += len(ids)
+        episodes.update(ids.unique().to_pylist())
+    if rows_in != rows_out + rows_quarantined:
+        raise DataError(
+            f"'{folder}': {rows_in} rows in, but {rows_out} out and {rows_quarantined} quarantined.",
+            "report this",
+        )
+    return manifest.finish(
+        folder, KIND, config, inputs,
+        files={f.rsplit("/", 1)[-1]: manifest.file_digest(f) for f in files},
+        episodes=len(episodes), rows_in=rows_in, rows_out=rows_out, rows_quarantined=rows_quarantined,
+        **facts,
+    )  # fmt: skip
+
+
+def encode_png(image: np.ndarray) -> bytes:
+    """uint8 [H, W, 3] -> PNG bytes, deterministic and lossless."""
+    from PIL import Image
+
+    sink = io.BytesIO()
+    Image.fromarray(image).save(sink, format="PNG", compress_level=1)
+    return sink.getvalue()
+
+
+def decode_image(data: bytes) -> np.ndarray:
+    """PNG or JPEG bytes -> uint8 [H, W, 3]. Raises: DataError."""
+    from PIL import Image, UnidentifiedImageError
+
+    try:
+        return np.asarray(Image.open(io.BytesIO(data)).convert("RGB"))
+    except (UnidentifiedImageError, OSError) as error:
+        raise DataError(
+            f"An image of {len(data)} bytes cannot be decoded: {error}.", "`dualvla validate` lists such rows"
+        ) from error

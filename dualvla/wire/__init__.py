@@ -1,0 +1,1 @@
+"""Codecs of the serving protocols. Knows numpy and msgpack only."""

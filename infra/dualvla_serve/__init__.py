@@ -1,0 +1,1 @@
+"""The serving side: a checkpoint behind Ray Serve. Knows dualvla and dualvla_cluster."""

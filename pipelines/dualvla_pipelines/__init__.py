@@ -1,0 +1,1 @@
+"""The training side: prune, train, and the whole run. Knows dualvla and dualvla_cluster."""
