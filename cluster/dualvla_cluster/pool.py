@@ -15,6 +15,8 @@ from typing import Any, Generic, TypeVar
 import ray
 from ray.exceptions import RayActorError, RayTaskError
 
+from dualvla.errors import DualVLAError
+
 log = logging.getLogger(__name__)
 
 Item = TypeVar("Item")
@@ -62,7 +64,9 @@ def run(
             try:
                 value = ray.get(ready)
             except RayTaskError as error:
-                raise error.as_instanceof_cause() from error
+                # Ray's dual exception hides `message` and `fix`; our own errors come back as they were raised.
+                ours = isinstance(error.cause, DualVLAError)
+                raise (error.cause if ours else error.as_instanceof_cause()) from error
             except RayActorError as error:
                 actors.remove(actor)
                 crashes[id(item)] = crashes.get(id(item), 0) + 1
