@@ -1,1 +1,19 @@
-"""Dual-layer pruning (Sec. 3.2.1 of the paper). Knows numpy; never Ray."""
+"""Dual-layer pruning (Sec. 3.2.1 of the paper): keep the reasoning of a frame only where scene and action both change.
+
+Knows numpy; never Ray. `action_labels` is Eq. 4, `FrameNovelty` a scene label that needs no training,
+`combine` puts the two together.
+"""
+
+from dualvla.pruning.events import FrameNovelty, SceneEventDetector
+from dualvla.pruning.kinematics import action_labels, action_labels_ragged
+from dualvla.pruning.masks import MODES, Mode, combine
+
+__all__ = [
+    "MODES",
+    "FrameNovelty",
+    "Mode",
+    "SceneEventDetector",
+    "action_labels",
+    "action_labels_ragged",
+    "combine",
+]
