@@ -75,14 +75,18 @@ def write_table(url: str, table: pa.Table) -> str:
     return hashlib.sha256(data).hexdigest()
 
 
-def read_table(url: str, columns: Sequence[str] | None = None) -> pa.Table:
-    """Raises: DataError naming a truncated or foreign file, or a missing column."""
+def read_table(url: str, columns: Sequence[str] | None = None, optional: Sequence[str] = ()) -> pa.Table:
+    """`columns` (default: all), and those of `optional` that the file has.
+
+    Raises: DataError naming a truncated or foreign file, or a missing column.
+    """
     try:
         file = pq.ParquetFile(pa.BufferReader(storage.read_bytes(url)))
-        lacking = set(columns or ()) - set(file.schema_arrow.names)
+        names = file.schema_arrow.names
+        lacking = set(columns or ()) - set(names)
         if lacking:
             raise DataError(f"'{url}' has no column '{sorted(lacking)[0]}'.", "make the data set with this version")
-        return file.read(columns=list(columns) if columns is not None else None)
+        return file.read(columns=None if columns is None else [*columns, *(c for c in optional if c in names)])
     except (pa.ArrowInvalid, OSError) as error:
         raise DataError(
             f"'{url}' is not a readable parquet file: {error}.",

@@ -1,0 +1,1 @@
+"""The commands this package gives `dualvla`: one module each, importing nothing heavy before it runs."""

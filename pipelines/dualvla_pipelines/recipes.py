@@ -1,0 +1,184 @@
+"""Recipes: Python functions that return the whole configuration of a run; a variant edits another one.
+
+A recipe says *what* is made (data, stages, evaluation), so it is part of every manifest's key; how many workers make it
+is not. Knows the configurations of the jobs, not the jobs: `run.py` and `train.py` read them.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Literal
+
+from dualvla.errors import UsageError, did_you_mean
+from dualvla.models.config import LossWeights, ModelConfig, tiny_backbone
+
+Stage = Literal["specialist", "reasoning", "dual"]
+STAGES: tuple[Stage, ...] = ("specialist", "reasoning", "dual")
+
+
+@dataclass(frozen=True)
+class CollectConfig:
+    """Demonstrations. episodes: task -> kept demonstrations. qa: training questions (held-out ones come on top)."""
+
+    suite: str = "blocks"
+    episodes: dict[str, int] = field(default_factory=dict)
+    qa: int = 0
+
+
+@dataclass(frozen=True)
+class PruneConfig:
+    mode: Literal["both", "scene", "action", "random", "none"] = "both"
+
+
+@dataclass(frozen=True)
+class ZeroConfig:
+    """How DeepSpeed lays a model out over the workers. None of it changes what is computed, but for rounding.
+
+    micro_batch: samples a worker puts through the model at once; 0: its whole share of the global batch.
+    offload: where optimiser state rests. dtype: of the forward and backward pass; master weights are always fp32.
+    persistence_threshold: parameters smaller than this many elements stay whole on every worker. A tiny model is all
+    "small": gathering it module by module would cost more time than the step itself.
+    """
+
+    stage: Literal[0, 1, 2, 3] = 3
+    offload: Literal["none", "cpu"] = "none"
+    dtype: Literal["fp32", "bf16"] = "fp32"
+    micro_batch: int = 0
+    persistence_threshold: int = 100_000
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """One training stage.
+
+    batch_size: samples of the global batch, whatever the number of workers; multimodal_fraction: questions in it.
+    use_reasoning: learn the reasoning text of robot samples (where pruning kept it). losses: weight of each term, with
+    lambda of Eq. 7 and the temperature of Eq. 5 and 6. lr is the peak, reached after warmup_steps; "cosine" then falls
+    to a tenth of it. ema_decay: of the averaged weights that are exported; 0 exports the last ones.
+    checkpoint_every, in steps, is what a crash can cost.
+    """
+
+    steps: int = 1000
+    batch_size: int = 32
+    multimodal_fraction: float = 0.25
+    use_reasoning: bool = True
+    losses: LossWeights = field(default_factory=LossWeights)
+    lr: float = 1e-3
+    schedule: Literal["cosine", "constant"] = "cosine"
+    warmup_steps: int = 50
+    betas: tuple[float, float] = (0.9, 0.98)
+    weight_decay: float = 0.0
+    grad_clip: float = 1.0
+    ema_decay: float = 0.998
+    checkpoint_every: int = 200
+    zero: ZeroConfig = field(default_factory=ZeroConfig)
+
+
+@dataclass(frozen=True)
+class EvalConfig:
+    """Evaluation of the run's policies. Each dict maps task -> episodes.
+
+    controlled: for `random` and the specialist, and for the controls that the specialist must beat (on its own blank
+    images, on another object's instruction, and the expert sent to a random object). others: for all other policies.
+    videos: filmed rollouts a task and policy.
+    """
+
+    controlled: dict[str, int] = field(default_factory=dict)
+    controls: dict[str, int] = field(default_factory=dict)
+    others: dict[str, int] = field(default_factory=dict)
+    reasoning: str = "auto"
+    videos: int = 1
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """Everything `dualvla run` needs beside an output folder and a seed."""
+
+    name: str
+    model: ModelConfig
+    collect: CollectConfig
+    specialist: TrainConfig
+    reasoning: TrainConfig
+    dual: TrainConfig
+    eval: EvalConfig
+    prune: PruneConfig = field(default_factory=PruneConfig)
+
+    def stage(self, name: Stage) -> TrainConfig:
+        return {"specialist": self.specialist, "reasoning": self.reasoning, "dual": self.dual}[name]
+
+
+TASKS = ("touch", "pick", "stack", "move_near", "put_in_bin")
+
+
+def tiny() -> Recipe:
+    """The quickstart: all of DualVLA in under 20 minutes of two CPU cores (budgets in docs/quickstart numbers)."""
+    few = dict.fromkeys(TASKS, 10)
+    return Recipe(
+        name="tiny",
+        model=ModelConfig(backbone_config=tiny_backbone(), proprio_dim=4),
+        collect=CollectConfig(
+            episodes={"touch": 1200, "pick": 600, "stack": 100, "move_near": 100, "put_in_bin": 100}, qa=1500
+        ),
+        specialist=TrainConfig(steps=1200, use_reasoning=False),
+        reasoning=TrainConfig(steps=500),
+        dual=TrainConfig(steps=400),
+        eval=EvalConfig(
+            controlled={**few, "touch": 100, "pick": 20},
+            controls={"touch": 100},
+            others={**few, "touch": 20, "pick": 20},
+        ),
+    )
+
+
+def tiny_long() -> Recipe:
+    """`tiny` with ten times the training and several times the data: what the same model gives in a longer run."""
+    short = tiny()
+
+    def longer(config: TrainConfig) -> TrainConfig:
+        return dataclasses.replace(config, steps=10 * config.steps, checkpoint_every=5 * config.checkpoint_every)
+
+    return dataclasses.replace(
+        short,
+        name="tiny-long",
+        collect=CollectConfig(
+            episodes={"touch": 3000, "pick": 3000, "stack": 1000, "move_near": 1000, "put_in_bin": 1000}, qa=4000
+        ),
+        specialist=longer(short.specialist),
+        reasoning=longer(short.reasoning),
+        dual=longer(short.dual),
+        eval=EvalConfig(
+            controlled=dict.fromkeys(TASKS, 100), controls={"touch": 100}, others=dict.fromkeys(TASKS, 100), videos=2
+        ),
+    )
+
+
+def debug() -> Recipe:
+    """Every stage of `tiny` at the smallest size that still exercises it: 2 steps a stage, 4 episodes."""
+    short = tiny()
+
+    def two_steps(config: TrainConfig) -> TrainConfig:
+        return dataclasses.replace(
+            config, steps=2, batch_size=4, multimodal_fraction=0.5, warmup_steps=1, checkpoint_every=1
+        )
+
+    return dataclasses.replace(
+        short,
+        name="debug",
+        collect=CollectConfig(episodes={"touch": 4}, qa=8),
+        specialist=two_steps(short.specialist),
+        reasoning=two_steps(short.reasoning),
+        dual=two_steps(short.dual),
+        eval=EvalConfig(controlled={"touch": 2}, controls={"touch": 1}, others={"touch": 1}),
+    )
+
+
+RECIPES: dict[str, Callable[[], Recipe]] = {"tiny": tiny, "tiny-long": tiny_long, "debug": debug}
+
+
+def get_recipe(name: str) -> Recipe:
+    """Raises: UsageError on an unknown name."""
+    if name not in RECIPES:
+        raise UsageError(f"Unknown recipe '{name}'.", did_you_mean(name, RECIPES))
+    return RECIPES[name]()
