@@ -65,6 +65,14 @@ class TrainingError(DualVLAError):
     """Training that cannot go on, such as a loss that is not finite."""
 
 
+class WireError(DualVLAError):
+    """A message that breaks the wire protocol: malformed, too large, or holding a type that is refused."""
+
+
+class ServerError(DualVLAError):
+    """A policy endpoint that cannot be reached, refuses the key, does not answer in time, or failed."""
+
+
 def did_you_mean(value: str, options: Iterable[str]) -> str:
     """The fix to print for an unknown name: the nearest option, and all of them.
 
