@@ -5,11 +5,12 @@ Knows numpy; never Ray. `action_labels` is Eq. 4, `FrameNovelty` a scene label t
 """
 
 from dualvla.pruning.events import FrameNovelty, SceneEventDetector
-from dualvla.pruning.kinematics import action_labels, action_labels_ragged
+from dualvla.pruning.kinematics import POSE_DIMS, action_labels, action_labels_ragged
 from dualvla.pruning.masks import MODES, Mode, combine
 
 __all__ = [
     "MODES",
+    "POSE_DIMS",
     "FrameNovelty",
     "Mode",
     "SceneEventDetector",

@@ -1,0 +1,252 @@
+"""Pruning one table of steps: which rows are fit to be labelled, their labels, and what that does to the text.
+
+Pure: Arrow tables in and out. Knows no files, no Ray, and no rule of pruning itself (`dualvla.pruning` has those).
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from dualvla.errors import DataError
+from dualvla.io.dataset import decode_image
+from dualvla.pruning import POSE_DIMS, SceneEventDetector, action_labels_ragged, combine
+from dualvla.schema import DOMAINS, step_schema
+
+_COLUMNS = step_schema().names
+_LABELS = [name for name in step_schema(labels=True).names if name not in _COLUMNS]
+TALLIED = ("episode_id", "domain", "task", "reasoning", "keep_reasoning")  # what `tally` reads of the labelled rows
+_FINITE = ("ee_pose", "gripper", "proprio", "action")
+_EPISODES_PER_BATCH = 8  # decoded at a time: bounds memory, whatever the size of a part
+
+
+@dataclass(frozen=True)
+class Runs:
+    """The rows of a table as runs that are kept or quarantined whole: a robot episode, or one multimodal row.
+
+    starts, lengths: int [E]; is_robot: bool [E]; ids: the episode of each run.
+    """
+
+    starts: np.ndarray
+    lengths: np.ndarray
+    is_robot: np.ndarray
+    ids: list[str]
+
+    @classmethod
+    def of(cls, table: pa.Table) -> Runs:
+        ids = pc.fill_null(table["episode_id"], "").combine_chunks()
+        codes = pc.dictionary_encode(ids).indices.to_numpy()
+        is_robot = _is(table, "domain", "robot")
+        opens = ~is_robot
+        opens[:1] = True
+        opens[1:] |= (codes[1:] != codes[:-1]) | (is_robot[1:] != is_robot[:-1])
+        starts = np.flatnonzero(opens)
+        return cls(starts, np.diff(starts, append=len(table)), is_robot[starts], ids.take(starts).to_pylist())
+
+    def of_row(self, row: int) -> int:
+        return int(np.searchsorted(self.starts, row, side="right")) - 1
+
+    def rows(self, run: int) -> slice:
+        return slice(int(self.starts[run]), int(self.starts[run] + self.lengths[run]))
+
+    def to_rows(self, per_run: np.ndarray) -> np.ndarray:
+        return np.repeat(per_run, self.lengths)
+
+
+def label_table(
+    table: pa.Table, mode: str, seed: int, detector: SceneEventDetector | None
+) -> tuple[pa.Table, pa.Table]:
+    """(rows with labels, quarantined rows with a `reason`), both in the order of `table`, image bytes untouched.
+
+    A robot episode with one unfit row is quarantined whole, because its motion has a hole; a multimodal row alone.
+    Labels are null on multimodal rows, and scene_label is null everywhere without a detector (`action` and `none` need
+    none). Raises: DataError if columns are missing or the table is labelled already.
+    """
+    table = _step_columns(table)
+    runs = Runs.of(table)
+    faults: dict[int, str] = {}  # run -> why it is unfit: the first thing found
+    for row, reason in _row_faults(table, runs):
+        faults.setdefault(runs.of_row(row), reason)
+    scene = np.zeros(len(table), dtype=bool)
+    if detector is not None:
+        faults |= _label_scenes(table, runs, faults, detector, scene)
+    fit = np.array([run not in faults for run in range(len(runs.starts))], dtype=bool)
+    action = _action_labels(table, runs, fit)
+
+    keep = np.ones(len(table), dtype=bool)
+    for run in np.flatnonzero(fit & runs.is_robot):
+        rows = runs.rows(run)
+        keep[rows] = combine(scene[rows], action[rows], mode, _episode_seed(seed, runs.ids[run]))
+
+    speechless = runs.to_rows(~runs.is_robot)
+    labels = {
+        "scene_label": pa.array(scene, mask=speechless | (detector is None)),
+        "action_label": pa.array(action, mask=speechless),
+        "keep_reasoning": pa.array(keep),
+    }
+    is_good = runs.to_rows(fit)
+    good = table.filter(is_good)
+    for name in _LABELS:
+        good = good.append_column(name, labels[name].filter(is_good))
+    reasons = np.array([faults.get(run) for run in range(len(fit))], dtype=object)
+    bad = table.filter(~is_good)
+    bad = bad.append_column("reason", pa.array(runs.to_rows(reasons)[~is_good], type=pa.string()))
+    return good, bad
+
+
+def tally(good: pa.Table, bad: pa.Table | None) -> dict[str, Any]:
+    """JSON-ready counts of what `label_table` returned; `merge` adds them up.
+
+    tasks: robot task -> frames, kept_frames, words_before, words_after, episodes, episodes_without_reasoning.
+    """
+    robot = good.filter(_is(good, "domain", "robot"))
+    words = pc.fill_null(pc.count_substring_regex(robot["reasoning"], r"\S+"), 0)
+    counted = pa.table(
+        {
+            "task": robot["task"],
+            "episode_id": robot["episode_id"],
+            "frames": pa.array(np.ones(len(robot), dtype=np.int64)),
+            "kept_frames": pc.cast(robot["keep_reasoning"], pa.int64()),
+            "words_before": words,
+            "words_after": pc.multiply(words, pc.cast(robot["keep_reasoning"], pa.int32())),
+        }
+    )
+    sums = ("frames", "kept_frames", "words_before", "words_after")
+    episodes = counted.group_by(["task", "episode_id"], use_threads=False).aggregate([(name, "sum") for name in sums])
+    tasks: dict[str, Counter[str]] = {}
+    for episode in episodes.to_pylist():
+        counts = tasks.setdefault(episode["task"] or "", Counter())
+        counts.update({name: episode[f"{name}_sum"] for name in sums})
+        counts.update(episodes=1, episodes_without_reasoning=int(episode["kept_frames_sum"] == 0))
+    reasons = bad["reason"].to_pylist() if bad is not None else []
+    return {
+        "first_episode": robot["episode_id"][0].as_py() if len(robot) else None,
+        "last_episode": robot["episode_id"][-1].as_py() if len(robot) else None,
+        "rows_quarantined": len(reasons),
+        "reasons": dict(Counter(reasons)),
+        "tasks": {task: dict(counts) for task, counts in tasks.items()},
+    }
+
+
+def merge(tallies: list[Mapping[str, Any]]) -> dict[str, Any]:
+    """The sum of several `tally` results, keys sorted."""
+    reasons: Counter[str] = Counter()
+    tasks: dict[str, Counter[str]] = {}
+    for one in tallies:
+        reasons.update(one["reasons"])
+        for task, counts in one["tasks"].items():
+            tasks.setdefault(task, Counter()).update(counts)
+    return {
+        "rows_quarantined": sum(one["rows_quarantined"] for one in tallies),
+        "reasons": dict(sorted(reasons.items())),
+        "tasks": {task: dict(tasks[task]) for task in sorted(tasks)},
+    }
+
+
+def _step_columns(table: pa.Table) -> pa.Table:
+    if set(_LABELS) & set(table.schema.names):
+        raise DataError("These steps are labelled already.", "prune the data set they were made from")
+    lacking = [name for name in _COLUMNS if name not in table.schema.names]
+    if lacking:
+        raise DataError(f"The steps have no column '{lacking[0]}'.", "make the data set with this version")
+    return table.select(_COLUMNS)
+
+
+def _row_faults(table: pa.Table, runs: Runs) -> Iterator[tuple[int, str]]:
+    """(row, what makes it unfit), for everything that shows without decoding an image."""
+    domains = table["domain"].to_pylist()
+    for row in np.flatnonzero(~np.isin(np.array(domains, dtype=object), DOMAINS)):
+        yield int(row), f"unknown domain {domains[row]!r}"
+    seen: set[str] = set()
+    for run, name in enumerate(runs.ids):
+        if not name:
+            yield int(runs.starts[run]), "no episode_id"
+        elif runs.is_robot[run] and name in seen:
+            yield int(runs.starts[run]), "the rows of this episode are not next to each other"
+        seen.add(name)
+
+    for name in _FINITE:
+        column = table[name].combine_chunks()
+        finite = np.isfinite(column.flatten().to_numpy(zero_copy_only=False).astype(np.float64))
+        for row in np.unique(pc.list_parent_indices(column).to_numpy()[~finite]):
+            yield int(row), f"{name} is not finite"
+
+    robot = runs.to_rows(runs.is_robot)
+    first = runs.to_rows(runs.starts)
+    pose, gripper = _widths(table, "ee_pose"), _widths(table, "gripper")
+    for row in np.flatnonzero(robot & ~np.isin(pose, (POSE_DIMS, 2 * POSE_DIMS))):
+        yield int(row), f"ee_pose has {pose[row]} numbers, not {POSE_DIMS} per arm"
+    for row in np.flatnonzero(robot & (gripper * POSE_DIMS != pose)):
+        yield int(row), f"gripper has {gripper[row]} numbers where ee_pose has {pose[row]}"
+    for row in np.flatnonzero(robot & (pose != pose[first])):
+        yield int(row), "the number of arms changes"
+
+    steps = pc.fill_null(table["step"], -1).to_numpy()
+    follows = robot.copy()
+    follows[runs.starts] = False
+    for row in np.flatnonzero(follows):
+        if steps[row] != steps[row - 1] + 1:
+            yield int(row), f"step {steps[row]} follows step {steps[row - 1]}"
+
+
+def _label_scenes(
+    table: pa.Table, runs: Runs, faults: Mapping[int, str], detector: SceneEventDetector, scene: np.ndarray
+) -> dict[int, str]:
+    """Fills in `scene` for the robot runs without a fault. Returns the runs whose images cannot be used, with why."""
+    unusable: dict[int, str] = {}
+    candidates = [int(run) for run in np.flatnonzero(runs.is_robot) if run not in faults]
+    for at in range(0, len(candidates), _EPISODES_PER_BATCH):
+        frames: dict[int, np.ndarray] = {}
+        for run in candidates[at : at + _EPISODES_PER_BATCH]:
+            try:
+                frames[run] = _first_camera(table["images"][runs.rows(run)])
+            except DataError as error:
+                unusable[run] = error.message
+        for run, labels in zip(frames, detector(list(frames.values())), strict=True):
+            scene[runs.rows(run)] = labels
+    return unusable
+
+
+def _first_camera(images: pa.ChunkedArray) -> np.ndarray:
+    """uint8 [N, H, W, 3] of the first camera. Raises: DataError on a missing, broken or odd-sized image."""
+    frames = []
+    for row in images:
+        cameras = row.as_py()
+        if not cameras or cameras[0][1] is None:
+            raise DataError("a step has no image")
+        frames.append(decode_image(cameras[0][1]))
+    if len({frame.shape for frame in frames}) > 1:
+        raise DataError("the size of the images changes")
+    return np.stack(frames)
+
+
+def _action_labels(table: pa.Table, runs: Runs, fit: np.ndarray) -> np.ndarray:
+    """Eq. 4 on the fit robot runs, False elsewhere, bool [rows]."""
+    action = np.zeros(len(table), dtype=bool)
+    widths = _widths(table, "ee_pose")
+    for width in (POSE_DIMS, 2 * POSE_DIMS):
+        chosen = fit & runs.is_robot & (widths[runs.starts] == width)
+        rows = runs.to_rows(chosen)
+        pose = pc.list_flatten(table["ee_pose"].filter(rows)).to_numpy().reshape(-1, width)
+        gripper = pc.list_flatten(table["gripper"].filter(rows)).to_numpy().reshape(-1, width // POSE_DIMS)
+        action[rows] = action_labels_ragged(pose, gripper, runs.lengths[chosen])
+    return action
+
+
+def _episode_seed(seed: int, episode_id: str) -> int:
+    return int.from_bytes(hashlib.sha256(f"{seed}:{episode_id}".encode()).digest()[:8], "big")
+
+
+def _is(table: pa.Table, column: str, value: str) -> np.ndarray:
+    return pc.fill_null(pc.equal(table[column], value), False).to_numpy(zero_copy_only=False).astype(bool)
+
+
+def _widths(table: pa.Table, column: str) -> np.ndarray:
+    return pc.fill_null(pc.list_value_length(table[column]), 0).to_numpy()
