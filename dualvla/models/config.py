@@ -1,0 +1,121 @@
+"""What a model is: frozen dataclasses, written whole into the checkpoint's `config.json`. Knows no torch.
+
+`ModelConfig.backbone` names real weights; `backbone_config` describes a backbone built from scratch. A checkpoint always
+carries `backbone_config`, so it needs no download to be loaded again.
+"""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from dualvla.errors import UsageError, did_you_mean
+from dualvla.schema import ACTION_SPACES, ActionSpace
+
+Adapter = Literal["action", "language"]
+
+
+@dataclass(frozen=True)
+class LoraConfig:
+    """Low-rank adapters of the language model's attention and MLP projections (paper: rank 128, alpha 256, 0.05)."""
+
+    rank: int = 16
+    alpha: float = 32.0
+    dropout: float = 0.0
+    gate_hidden: int = 32  # width of the 4-layer MLP that weighs the two adapters at each token
+
+
+@dataclass(frozen=True)
+class FlowHeadConfig:
+    """The action expert: block-wise causal attention over [vision | latent action | proprioception | noisy chunk]."""
+
+    hidden: int = 128
+    layers: int = 3
+    heads: int = 4
+    vision: bool = False  # attend to the backbone's image states too
+    draws: int = 8  # (tau, noise) pairs per sample and step: the head is cheap, the backbone is not
+    euler_steps: int = 10
+    tau_scale: float = 0.999  # s of tau = s (1 - u), u ~ Beta(1.5, 1)
+
+
+@dataclass(frozen=True)
+class GroundingConfig:
+    """The module that points at the target: a heat map over the first camera's image tokens (docs: "heat" and "pool")."""
+
+    pool: bool = True  # add the heat-weighted image state to the latent action
+
+
+@dataclass(frozen=True)
+class LossWeights:
+    """Weights of the terms of L_total (Eq. 7). A term without targets in a batch is 0 whatever its weight."""
+
+    lm: float = 1.0
+    flow: float = 1.0
+    heat: float = 0.1
+    position: float = 0.5
+    kd: float = 0.15  # lambda of Eq. 7
+    temperature: float = 2.0  # of token distillation (Eq. 6)
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """A vision-language-action model. Image sizes in pixels, `control_hz` in Hz, `horizon` and `execute_steps` in steps."""
+
+    backbone: str | None = None  # a Hugging Face name or folder; None: random weights from `backbone_config`
+    backbone_config: dict[str, Any] = field(default_factory=dict)
+    attention: str = "eager"  # SDPA's backward is slower than eager on CPUs in bf16
+    vocab_size: int = 512  # of the tokenizer trained on the spot; a named backbone brings its own tokenizer
+    image_size: int = 64
+    cameras: tuple[str, ...] = ("main",)
+    action_space: str = "ee_delta_pose+gripper"
+    control_hz: float = 5.0
+    horizon: int = 4
+    execute_steps: int = 2
+    num_queries: int = 4
+    proprio_dim: int = 0
+    kind: Literal["specialist", "reasoning"] = "specialist"
+    adapters: tuple[Adapter, ...] = ()  # set by stages.prepare
+    lora: LoraConfig = LoraConfig()
+    head: FlowHeadConfig = FlowHeadConfig()
+    grounding: GroundingConfig | None = GroundingConfig()
+    color_jitter: float = 0.1  # brightness and per-channel gain of training images, +- this share
+    max_text_tokens: int = 64
+
+    @property
+    def actions(self) -> ActionSpace:
+        """Raises: UsageError for an action space that schema.py does not name."""
+        if self.action_space not in ACTION_SPACES:
+            raise UsageError(
+                f"Unknown action space '{self.action_space}'.", did_you_mean(self.action_space, ACTION_SPACES)
+            )
+        return ACTION_SPACES[self.action_space]
+
+
+_TINY_IDEFICS3: dict[str, Any] = {
+    "model_type": "idefics3",
+    "scale_factor": 1,  # one token per 8x8 patch: 64 image tokens ground, 16 do much less
+    "vision_config": {
+        "hidden_size": 128,
+        "intermediate_size": 512,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 4,
+        "patch_size": 8,
+    },
+    "text_config": {
+        "model_type": "llama",
+        "hidden_size": 128,
+        "intermediate_size": 256,
+        "num_hidden_layers": 3,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 4,
+        "head_dim": 32,
+        "max_position_embeddings": 512,
+    },
+    "tie_word_embeddings": True,
+}
+
+
+def tiny_backbone() -> dict[str, Any]:
+    """A 0.8 M-parameter Idefics3 (the class of SmolVLM) that learns to ground within minutes of CPU."""
+    return copy.deepcopy(_TINY_IDEFICS3)

@@ -1,0 +1,238 @@
+"""The vision-language-action model: backbone, action queries, grounding and flow head, in one sequence.
+
+    [image tokens | proprioception | instruction] -> [reasoning or answer]? -> [action queries]
+
+Masked tokens take up no position, so a pruned text is removed from the sequence, not hidden in it. The token after the prompt
+is supervised in both cases (the first word, or ACT, which stands for the first query): *when to think* is learned.
+
+Everything training needs goes through `VLA.forward`: under ZeRO-3 a parameter is whole only inside it. Knows nothing of
+samples, files or schedules.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import Cache
+
+from dualvla.distill.losses import flow_kd, flow_mse, masked_mean, token_kd
+from dualvla.models import backbone as backbones
+from dualvla.models.adapters import attach_adapters
+from dualvla.models.config import LossWeights, ModelConfig
+from dualvla.models.flow_head import FlowHead, interpolate
+from dualvla.models.grounding import Grounding, target_cell
+from dualvla.models.processing import IGNORE, Batch, Processor
+
+LOSS_TERMS = ("lm", "flow", "heat", "position", "kd_flow", "kd_token")
+"""The terms of L_total, in the order of `loss_counts`. Each weighs in by the LossWeights field of its name (kd_*: `kd`)."""
+
+
+@dataclass
+class Encoded:
+    """States of one pass over whole sequences. text [B, T + 1, d] predicts labels; latents [B, N, d]; image [B, M, d]."""
+
+    text: Tensor
+    latents: Tensor
+    image: Tensor
+    heat_logits: Tensor | None
+    position: Tensor | None
+
+
+@dataclass
+class Prefix:
+    """A prompt that was read: its cache, mask [B, L], image states [B, M, d] and next-token logits [B, V]."""
+
+    cache: Cache
+    mask: Tensor
+    image: Tensor
+    logits: Tensor
+
+
+class VLA(nn.Module):
+    """`config.backbone_config` must be complete (`VLA.create` and `load_model` see to it)."""
+
+    def __init__(self, config: ModelConfig, pretrained: bool = False):
+        super().__init__()
+        self.config = config
+        self.backbone = backbones.build(config, pretrained)
+        width = self.backbone.hidden_size
+        if config.adapters:
+            attach_adapters(self.backbone.language_model.layers, width, config.adapters, config.lora)
+        self.queries = nn.Embedding(config.num_queries, width)
+        self.proprio_in = nn.Linear(config.proprio_dim, width) if config.proprio_dim else None
+        self.grounding = Grounding(config.grounding, width) if config.grounding is not None else None
+        self.head = FlowHead(config.head, width, config.horizon, config.actions.size, config.proprio_dim)
+        nn.init.normal_(self.queries.weight, std=0.02)
+
+    @classmethod
+    def create(cls, config: ModelConfig, processor: Processor, seed: int) -> VLA:
+        """A new model with seeded random weights (the backbone's own where `config.backbone` names one)."""
+        config = dataclasses.replace(config, backbone_config=backbones.resolve(config, processor.vocab_size))
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            return cls(config, pretrained=config.backbone is not None)
+
+    def forward(
+        self,
+        batch: Batch,
+        mode: Literal["loss", "velocity", "logits"] = "loss",
+        counts: Tensor | None = None,
+        weights: LossWeights | None = None,
+        targets: Mapping[str, Tensor] | None = None,
+    ) -> dict[str, Tensor]:
+        """What training needs of a batch.
+
+        mode "loss": "loss" = L_VLA + lambda L_KD (Eq. 7) and each term, detached. counts: see `loss_counts`. targets: what
+        the teachers gave: "velocity" [B, K, H, D] (Eq. 5), "logits" [B, T + 1, V] (Eq. 6), either or both.
+        mode "velocity": {"velocity": [B, K, H, D]} of an action teacher, pi(a | o, i): the text is left out.
+        mode "logits": {"logits": [B, T + 1, V]} of a reasoning teacher, pi(r | o, i).
+        """
+        if mode == "velocity":
+            batch = {**batch, "text_mask": torch.zeros_like(batch["text_mask"])}
+            return {"velocity": self._velocity(self.encode(batch), batch)}
+        encoded = self.encode(batch)
+        if mode == "logits":
+            return {"logits": self.backbone.logits(encoded.text)}
+        return self._losses(batch, encoded, counts, weights or LossWeights(), targets or {})
+
+    def encode(self, batch: Batch) -> Encoded:
+        """One causal pass over [prompt | text | queries]."""
+        prompt, prompt_mask, image_tokens = self._prompt(batch)
+        length, number = prompt.shape[1], len(batch["text_ids"])
+        embeds = torch.cat([prompt, self.backbone.embed(batch["text_ids"]), self._query_embeds(number)], dim=1)
+        mask = torch.cat(
+            [prompt_mask, batch["text_mask"], prompt_mask.new_ones(number, self.config.num_queries)], dim=1
+        )
+        hidden = self.backbone.decode(embeds, mask)
+        image, latents = hidden[:, :image_tokens], hidden[:, -self.config.num_queries :]
+        text = hidden[:, length - 1 : length + batch["text_ids"].shape[1]]
+        if self.grounding is None:
+            return Encoded(text, latents, image, None, None)
+        grounded = self.grounding(latents, image[:, : image_tokens // len(self.config.cameras)])
+        return Encoded(text, grounded.latents, image, grounded.heat_logits, grounded.position)
+
+    # Inference, in steps: read_prompt, then any number of read_token, then act.
+
+    def read_prompt(self, batch: Batch) -> Prefix:
+        prompt, mask, image_tokens = self._prompt(batch)
+        cache = self.backbone.new_cache()
+        hidden = self.backbone.decode(prompt, mask, cache)
+        return Prefix(cache, mask, hidden[:, :image_tokens], self.backbone.logits(hidden[:, -1:])[:, 0])
+
+    def read_text(self, prefix: Prefix, ids_BT: Tensor, mask_BT: Tensor) -> Tensor:
+        """Appends text (masked tokens do not exist) and returns the next-token logits [B, T, V]; extends `prefix`."""
+        prefix.mask = torch.cat([prefix.mask, mask_BT], dim=1)
+        hidden = self.backbone.decode(self.backbone.embed(ids_BT), prefix.mask, prefix.cache)
+        return self.backbone.logits(hidden)
+
+    def act(self, prefix: Prefix, batch: Batch, noise_BHD: Tensor, steps: int) -> Tensor:
+        """All queries in one pass, then `steps` Euler steps from `noise_BHD`: normalised actions [B, H, D]."""
+        number = len(prefix.mask)
+        mask = torch.cat([prefix.mask, prefix.mask.new_ones(number, self.config.num_queries)], dim=1)
+        latents = self.backbone.decode(self._query_embeds(number), mask, prefix.cache)
+        if self.grounding is not None:
+            first_camera = prefix.image[:, : prefix.image.shape[1] // len(self.config.cameras)]
+            latents = self.grounding(latents, first_camera).latents
+        return self.head.sample(latents, self._proprio(batch), self._vision(prefix.image), noise_BHD, steps)
+
+    def _prompt(self, batch: Batch) -> tuple[Tensor, Tensor, int]:
+        """Embeddings [B, L, d], mask [B, L] and the number of image tokens, which come first."""
+        image = self.backbone.image_states(batch["images"])
+        instruction = self.backbone.embed(batch["instruction_ids"])
+        image_mask = batch["instruction_mask"].new_ones(image.shape[:2])
+        if self.proprio_in is None:
+            parts, masks = [image, instruction], [image_mask, batch["instruction_mask"]]
+        else:
+            proprio = self.proprio_in(batch["proprio"].to(image.dtype)).unsqueeze(1)
+            parts = [image, proprio, instruction]
+            masks = [image_mask, batch["has_proprio"].unsqueeze(1), batch["instruction_mask"]]
+        return torch.cat(parts, dim=1), torch.cat(masks, dim=1), image.shape[1]
+
+    def _query_embeds(self, number: int) -> Tensor:
+        indices = torch.arange(self.config.num_queries, device=self.queries.weight.device)
+        return self.queries(indices).expand(number, -1, -1)
+
+    def _proprio(self, batch: Batch) -> Tensor | None:
+        return batch["proprio"].to(self.head.action_in.weight.dtype) if self.config.proprio_dim else None
+
+    def _vision(self, image: Tensor) -> Tensor | None:
+        return image if self.config.head.vision else None
+
+    def _velocity(self, encoded: Encoded, batch: Batch) -> Tensor:
+        dtype = encoded.latents.dtype
+        noisy = interpolate(batch["actions"].unsqueeze(1), batch["noise"], batch["tau"]).to(dtype)
+        return self.head(
+            encoded.latents, self._proprio(batch), self._vision(encoded.image), noisy, batch["tau"].to(dtype)
+        )
+
+    def _losses(
+        self,
+        batch: Batch,
+        encoded: Encoded,
+        counts: Tensor | None,
+        weights: LossWeights,
+        targets: Mapping[str, Tensor],
+    ) -> dict[str, Tensor]:
+        number = dict(zip(LOSS_TERMS, loss_counts(batch) if counts is None else counts, strict=True))
+        masks = _masks(batch)
+        logits = self.backbone.logits(encoded.text).float()
+        lm = F.cross_entropy(logits.flatten(0, 1), batch["labels"].flatten(), ignore_index=IGNORE, reduction="none")
+        terms = {"lm": masked_mean(lm.view_as(batch["labels"]), masks["lm"], number["lm"])}
+
+        velocity = self._velocity(encoded, batch).flatten(0, 1).float()  # [B * K, H, D]
+        draws = batch["tau"].shape[1]
+        steps = masks["flow"].repeat_interleave(draws, dim=0)
+        wanted = (batch["actions"].unsqueeze(1) - batch["noise"]).flatten(0, 1)
+        terms["flow"] = flow_mse(velocity, wanted, steps, number["flow"])
+
+        if encoded.heat_logits is not None and encoded.position is not None:
+            cells = target_cell(batch["target_pixel"], backbones.grid_side(encoded.heat_logits.shape[1], 1))
+            heat = F.cross_entropy(encoded.heat_logits.float(), cells, ignore_index=-1, reduction="none")
+            terms["heat"] = masked_mean(heat, masks["heat"], number["heat"])
+            known = torch.nan_to_num(batch["target_position"])
+            off = F.smooth_l1_loss(encoded.position.float(), known, reduction="none").mean(dim=-1)
+            terms["position"] = masked_mean(off, masks["position"], number["position"])
+
+        if "velocity" in targets:  # Eq. 5
+            teacher = targets["velocity"].flatten(0, 1).float()
+            terms["kd_flow"] = flow_kd(velocity, teacher, steps, count=number["kd_flow"])
+        if "logits" in targets:  # Eq. 6
+            teacher = targets["logits"]
+            terms["kd_token"] = token_kd(
+                logits, teacher, masks["kd_token"], weights.temperature, count=number["kd_token"]
+            )
+        loss = sum(getattr(weights, "kd" if name.startswith("kd_") else name) * term for name, term in terms.items())
+        return {"loss": loss, **{name: term.detach() for name, term in terms.items()}}
+
+
+def loss_counts(batch: Batch) -> Tensor:
+    """The denominators of LOSS_TERMS in this batch, float64 [6].
+
+    Sum them over all workers and divide by their number: then the mean of the workers' losses is the global batch's loss.
+    """
+    masks = _masks(batch)
+    draws = batch["tau"].shape[1]
+    per_entry = {"flow": draws, "kd_flow": draws}
+    return torch.stack([masks[term].sum().double() * per_entry.get(term, 1) for term in LOSS_TERMS])
+
+
+def _masks(batch: Batch) -> dict[str, Tensor]:
+    """What each loss term is taken over: tokens [B, T + 1], chunk steps [B, H] or samples [B]."""
+    robot = batch["robot"]
+    tokens = batch["labels"] != IGNORE
+    steps = batch["action_mask"] & robot.unsqueeze(1)
+    seen = robot & (target_cell(batch["target_pixel"], 1) == 0)
+    return {
+        "lm": tokens,
+        "flow": steps,
+        "heat": seen,
+        "position": robot & batch["target_position"].isfinite().all(dim=-1),
+        "kd_flow": steps,
+        "kd_token": tokens & ~robot.unsqueeze(1),
+    }
