@@ -1,4 +1,4 @@
-"""The robot's side of a served policy: ask, and get actions back. Knows numpy, msgpack, websockets; neither torch nor Ray.
+"""The robot's side of a served policy: ask it, get actions back. Knows numpy, msgpack, websockets; no torch, no Ray.
 
     with PolicyClient("ws://127.0.0.1:8000", key="...") as client:
         reply = client.infer(Observation(images={"main": image}, instruction="pick up the red cube", step=0, id="0"))
@@ -109,7 +109,7 @@ class PolicyClient:
 
     def reset(self) -> None:
         """The policy forgets this session's past, as at the start of an episode."""
-        self._ask({"reset": True})
+        self._ask(dict(messages.RESET))
 
     def close(self) -> None:
         with self._lock:

@@ -19,6 +19,7 @@ import dataclasses
 import json
 import re
 from collections.abc import Mapping
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -30,6 +31,7 @@ from dualvla.schema import Observation, PolicyReply, PolicySpec
 
 PROTOCOL = 1
 SESSION_HEADER = "X-Session-Id"
+RESET: Mapping[str, Any] = MappingProxyType({"reset": True})
 
 MAX_TEXT = 4000  # characters of an instruction
 MAX_SIDE = 2048  # pixels
@@ -55,6 +57,10 @@ def spec_from_metadata(message: Any) -> PolicySpec:
         return from_dict(PolicySpec, message["policy"], "policy")
     except (KeyError, TypeError, UsageError) as error:
         raise WireError(f"The endpoint's greeting does not describe its policy: {error}.") from error
+
+
+def is_reset(message: Any) -> bool:
+    return isinstance(message, Mapping) and message.keys() == RESET.keys() and message["reset"] is True
 
 
 def observation_to_wire(observation: Observation) -> dict[str, Any]:
@@ -145,8 +151,11 @@ class Failure:
     id: str
     message: str
 
+    def to_dict(self) -> dict[str, Any]:
+        return {"error": dataclasses.asdict(self)}
+
     def to_json(self) -> str:
-        return json.dumps({"error": dataclasses.asdict(self)})
+        return json.dumps(self.to_dict())
 
 
 def error_from_text(text: str) -> ServerError | WireError:
