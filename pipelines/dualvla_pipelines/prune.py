@@ -28,7 +28,7 @@ _CPUS_PER_WORKER = 0.5
 class PruneConfig:
     """What decides the result (the number of workers does not).
 
-    mode: see `dualvla.pruning.combine`. seed: of mode `random`. strict: an unfit row is an error instead of quarantined.
+    mode: see `dualvla.pruning.combine`. seed: of mode `random`. strict: an unfit row is an error, never quarantined.
     """
 
     mode: str = "both"
