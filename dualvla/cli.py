@@ -25,7 +25,8 @@ INTERRUPTED = 130
 class Command:
     """One subcommand. The module that defines it imports nothing heavy at its top.
 
-    run returns a JSON-ready result; `render` makes of it what a person reads. A result with `"ok": False` exits with 1.
+    run returns a JSON-ready result; `render` makes of it what a person reads. A result with `"ok": False` exits with 1,
+    one with `"exit_code"` (of the process it stands for) with that.
     """
 
     summary: str
@@ -109,7 +110,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         command, arguments = _parse(argv[0], argv[1:])
         result = command.run(arguments)
         print(json.dumps(result) if arguments.json else command.render(result))
-        return 0 if result.get("ok", True) else 1
+        return result.get("exit_code", 0 if result.get("ok", True) else 1)
     except DualVLAError as error:
         return _fail(error, verbose)
     except ModuleNotFoundError as error:

@@ -91,7 +91,7 @@ def _translated() -> Iterator[None]:
         yield
     except RayTaskError as error:
         if isinstance(error.cause, DualVLAError):
-            raise error.cause from error
+            raise error.cause from None
         raise PolicyError(f"The policy raised {type(error.cause).__name__}.") from error
     except (RayError, RayServeException, TimeoutError) as error:
         raise ServerError(f"No replica answered: {type(error).__name__}: {error}.") from error

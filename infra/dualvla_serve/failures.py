@@ -27,5 +27,7 @@ def failure_of(error: DualVLAError, where: str) -> Failure:
         failure = new_failure("failed", "the policy failed on this observation")
     else:
         failure = new_failure("unavailable", "the policy is not available, try again")
-    log.error("error %s (%s)", failure.id, where, exc_info=error)
+    # The cause is Ray's: its text is the traceback of the replica. One of this side would only show asyncio.
+    cause = f"\n{error.__cause__}" if error.__cause__ else ""
+    log.error("error %s (%s): %s%s", failure.id, where, error, cause)
     return failure
