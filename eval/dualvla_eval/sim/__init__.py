@@ -1,0 +1,1 @@
+"""Simulated scenes behind the Gymnasium API. Knows tasks; nothing of policies, experts or files."""

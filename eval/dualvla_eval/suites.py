@@ -1,0 +1,134 @@
+"""Suites: which tasks there are, their numbered evaluation episodes, and how to make their environment.
+
+Imports no simulator: `make_env` does, when it is called.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal
+
+from dualvla.errors import UsageError, did_you_mean
+
+if TYPE_CHECKING:
+    from dualvla_eval.sim.base import SimEnv
+
+Purpose = Literal["evaluation", "training", "qa_train", "qa_test"]
+
+# The top bits of every scene seed say what it is for, so that no two purposes can ever share a scene.
+_PURPOSE_CODE: dict[Purpose, int] = {"evaluation": 1, "training": 2, "qa_train": 3, "qa_test": 4}
+_SEED_BITS = 56
+
+
+@dataclass(frozen=True)
+class TaskSpec:
+    """num_episodes: how many numbered evaluation episodes there are."""
+
+    name: str
+    max_steps: int
+    num_episodes: int
+    variant: str = "base"
+
+
+@dataclass(frozen=True)
+class Episode:
+    """One scene and one instruction: the seed says all. Below 2^60, so that it fits an int64 column."""
+
+    suite: str
+    task: str
+    variant: str
+    episode_id: int
+    seed: int
+
+
+@dataclass(frozen=True)
+class Suite:
+    """termination_rule: when an episode ends. conventions: name -> what a user of the numbers must know."""
+
+    name: str
+    tasks: tuple[TaskSpec, ...]
+    action_space: str
+    control_hz: float
+    cameras: tuple[str, ...]
+    make_env: Callable[[], SimEnv]
+    termination_rule: str
+    conventions: Mapping[str, str]
+
+    def task(self, name: str) -> TaskSpec:
+        """Raises: UsageError."""
+        found = {task.name: task for task in self.tasks}
+        if name not in found:
+            raise UsageError(f"Suite '{self.name}' has no task '{name}'.", did_you_mean(name, found))
+        return found[name]
+
+    def episodes(self, task: str, count: int | None = None) -> list[Episode]:
+        """The evaluation episodes 0..count-1 (default: all): always the same ones. Raises: UsageError."""
+        spec = self.task(task)
+        count = spec.num_episodes if count is None else count
+        if not 0 < count <= spec.num_episodes:
+            raise UsageError(
+                f"Task '{task}' has {spec.num_episodes} evaluation episodes, not {count}.",
+                f"ask for 1 to {spec.num_episodes}",
+            )
+        return [
+            Episode(self.name, task, spec.variant, i, scene_seed("evaluation", self.name, task, spec.variant, i))
+            for i in range(count)
+        ]
+
+    def training_episode(self, task: str, index: int, seed: int, attempt: int = 0) -> Episode:
+        """Demonstration `index` of a data set made with `seed`; another `attempt` is another scene."""
+        spec = self.task(task)
+        return Episode(
+            self.name, task, spec.variant, index,
+            scene_seed("training", self.name, task, spec.variant, seed, index, attempt),
+        )  # fmt: skip
+
+    def training_episodes(self, task: str, count: int, seed: int) -> list[Episode]:
+        """Disjoint from the evaluation episodes, whatever the seed."""
+        return [self.training_episode(task, i, seed) for i in range(count)]
+
+
+def scene_seed(purpose: Purpose, *key: str | int) -> int:
+    """The seed of one scene: its purpose in the top bits, a hash of the key below."""
+    digest = hashlib.sha256("/".join(str(part) for part in key).encode()).digest()
+    return (_PURPOSE_CODE[purpose] << _SEED_BITS) | (int.from_bytes(digest[:8]) >> (64 - _SEED_BITS))
+
+
+def get_suite(name: str) -> Suite:
+    """Raises: UsageError on an unknown name."""
+    if name not in _SUITES:
+        raise UsageError(f"Unknown suite '{name}'.", did_you_mean(name, _SUITES))
+    return _SUITES[name]()
+
+
+def _make_blocks_env() -> SimEnv:
+    from dualvla_eval.sim.blocks import BlocksEnv
+
+    return BlocksEnv()
+
+
+def _blocks() -> Suite:
+    from dualvla_eval.tasks.blocks import TASKS
+
+    return Suite(
+        name="blocks",
+        tasks=tuple(TaskSpec(task.name, task.max_steps, num_episodes=200) for task in TASKS.values()),
+        action_space="ee_delta_pose+gripper",
+        control_hz=5.0,
+        cameras=("main",),
+        make_env=_make_blocks_env,
+        termination_rule="an episode ends at the first step with success, at a failure that cannot be undone, or at max_steps",
+        conventions={
+            "frame": "positions in m in the base frame of the robot: x away from it, y to its left, z up",
+            "translation": "relative to the current tool position, at most 0.03 m a step",
+            "rotation": "the three rotation dimensions are accepted and ignored: the tool stays vertical",
+            "gripper": "0.5 or more opens, less closes",
+            "proprio": "tool position x, y, z (m), gripper opening (0..1)",
+            **{f"success of {task.name}": task.rule for task in TASKS.values()},
+        },
+    )
+
+
+_SUITES: dict[str, Callable[[], Suite]] = {"blocks": _blocks}
