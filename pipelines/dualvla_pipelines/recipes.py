@@ -75,6 +75,17 @@ class TrainConfig:
     checkpoint_every: int = 200
     zero: ZeroConfig = field(default_factory=ZeroConfig)
 
+    def micro_batches(self, workers: int) -> int:
+        """Backward passes a step on each worker. Raises: UsageError if the batch cannot be cut evenly."""
+        share, rest = divmod(self.batch_size, workers)
+        if rest or share % (self.zero.micro_batch or share):
+            raise UsageError(
+                f"A batch of {self.batch_size} cannot be cut evenly for {workers} workers"
+                + (f" in micro-batches of {self.zero.micro_batch}." if self.zero.micro_batch else "."),
+                "change batch_size, zero.micro_batch or --workers",
+            )
+        return share // (self.zero.micro_batch or share)
+
 
 @dataclass(frozen=True)
 class EvalConfig:

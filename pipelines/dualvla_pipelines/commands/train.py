@@ -1,0 +1,60 @@
+"""The command `dualvla train`."""
+
+from __future__ import annotations
+
+import argparse
+from typing import Any
+
+from dualvla.cli import Command
+from dualvla.errors import UsageError, did_you_mean
+
+_STAGES = ("specialist", "reasoning", "dual")
+
+
+def _configure(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--stage", required=True, help="specialist, reasoning or dual")
+    parser.add_argument("--recipe", required=True, help="which recipe's stage (tiny, tiny-long, debug)")
+    parser.add_argument("--data", required=True, help="data set folder (pruned, for the dual stage)")
+    parser.add_argument("--out", required=True, help="checkpoint folder to make")
+    parser.add_argument("--init", help="checkpoint to start from (reasoning, dual)")
+    parser.add_argument("--action-teacher", help="the specialist's checkpoint (dual)")
+    parser.add_argument("--workers", type=int, default=1, help="ZeRO-3 shards; changes losses by rounding only")
+    parser.add_argument(
+        "--threads", type=int, help="PyTorch threads a worker (default: the machine's cores shared out)"
+    )
+    parser.add_argument("--seed", type=int, default=0, help="of weights, order of samples and noise")
+    parser.add_argument("--stop-after", type=int, metavar="STEP", help="stop after this step, resumable")
+    parser.add_argument(
+        "--set", action="append", default=[], metavar="KEY=VALUE", help="change the recipe, as in specialist.steps=100"
+    )
+
+
+def _run(arguments: argparse.Namespace) -> dict[str, Any]:
+    if arguments.stage not in _STAGES:
+        raise UsageError(f"Unknown stage '{arguments.stage}'.", did_you_mean(arguments.stage, _STAGES))
+    if arguments.workers < 1:
+        raise UsageError(f"--workers {arguments.workers} is not a number of workers.", "pass 1 or more")
+    from dualvla_pipelines.train import train
+
+    return train(
+        arguments.stage,
+        arguments.recipe,
+        arguments.data,
+        arguments.out,
+        init=arguments.init,
+        action_teacher=arguments.action_teacher,
+        workers=arguments.workers,
+        threads=arguments.threads,
+        seed=arguments.seed,
+        assignments=arguments.set,
+        stop_after=arguments.stop_after,
+    )
+
+
+def _render(result: Any) -> str:
+    from dualvla_pipelines.train import render
+
+    return render(result)
+
+
+COMMAND = Command("train one stage (specialist, reasoning, dual) on Ray and ZeRO-3", _configure, _run, _render)

@@ -1,0 +1,105 @@
+"""The training loop on Ray Train workers: starts them, shows progress, starts again after a crash, ends on Ctrl-C.
+
+Knows nothing of what the loop does but that it appends a line to `metrics.jsonl` at each step and goes on where it was.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import threading
+from pathlib import Path
+
+import ray
+from ray.train import LoggingConfig, RunConfig, ScalingConfig, TrainingFailedError
+from ray.train.torch import TorchConfig, TorchTrainer
+from ray.train.v2._internal.callbacks.placement_group_callback import PlacementGroupCleanerCallback
+
+from dualvla import console
+from dualvla.errors import DualVLAError, TrainingError
+from dualvla_cluster.connect import connect
+from dualvla_pipelines import trainer
+from dualvla_pipelines.trainer import METRICS, TrainJob
+
+log = logging.getLogger(__name__)
+
+_MAX_RESTARTS = 2
+_POLL_S = 0.25
+
+
+def run(job: TrainJob, workers: int) -> None:
+    """Runs the loop to its end. A worker that dies costs the steps since the last resume state.
+
+    Raises: what the loop raises on purpose; TrainingError for anything else.
+    """
+    connect()
+    for restarts_left in reversed(range(_MAX_RESTARTS + 1)):
+        try:
+            _fit_with_progress(job, workers)
+            return
+        except TrainingFailedError as error:
+            failures = [getattr(f, "_base_exc", f) for f in getattr(error, "worker_failures", {}).values()]
+            for failure in failures:
+                if isinstance(failure, DualVLAError):
+                    raise failure from error
+            crashed = failures and all(isinstance(f, ray.exceptions.RayError) for f in failures)
+            if not (crashed and restarts_left):
+                raise TrainingError(f"Training failed: {error}", "the log above says where") from error
+            log.warning("a training worker died; going on from the last resume state")
+
+
+def _fit_with_progress(job: TrainJob, workers: int) -> None:
+    """Ray Train in a thread of its own (in the main one it would take over Ctrl-C), progress in this one."""
+    ended: list[BaseException | None] = []
+
+    def fit() -> None:
+        try:
+            _fit(job, workers)
+            ended.append(None)
+        except BaseException as error:  # noqa: BLE001  # raised below, in the thread that can handle it
+            ended.append(error)
+
+    thread = threading.Thread(target=fit, name="ray-train", daemon=True)
+    try:
+        _watch(thread, job)
+    except KeyboardInterrupt:
+        ray.shutdown()  # ends the workers now, whatever step they are in
+        raise
+    if ended[0] is not None:
+        raise ended[0]
+
+
+def _watch(thread: threading.Thread, job: TrainJob) -> None:
+    path, seen = Path(job.out, METRICS), 0
+    with console.progress(f"train {job.stage}", job.last_step) as advance:
+        thread.start()
+        while thread.is_alive():
+            thread.join(_POLL_S)
+            done = path.read_bytes().count(b"\n") if path.exists() else 0
+            if done != seen:
+                advance(done - seen)
+                seen = done
+
+
+def _fit(job: TrainJob, workers: int) -> None:
+    _Trainer(
+        trainer.train,
+        train_loop_config=job,
+        torch_config=TorchConfig(backend="gloo"),
+        # Fractional logical CPUs: with whole ones, as many workers as cores starve all else and hang without an error.
+        scaling_config=ScalingConfig(num_workers=workers, resources_per_worker={"CPU": 0.5}),
+        run_config=RunConfig(
+            storage_path=os.path.join(job.out, "resume", "ray"),
+            name=job.stage,
+            logging_config=LoggingConfig(log_level="WARNING"),
+        ),
+    ).fit()
+
+
+class _Trainer(TorchTrainer):
+    """Without the actor that watches over the controller: it asks a dashboard that a private cluster does not have,
+    and complains every second."""
+
+    def _create_default_callbacks(self) -> list:
+        callbacks = super()._create_default_callbacks()
+        return [c for c in callbacks if not isinstance(c, PlacementGroupCleanerCallback)]

@@ -1,0 +1,206 @@
+"""From a data set's parquet rows to training samples, in an order that is a pure function of (seed, step, data).
+
+Rows stay in Arrow; an image is decoded when its sample is drawn. Knows nothing of models, tensors or workers: a worker
+is a slice of the global batch, so the number of workers, or a restart, changes nothing.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property, lru_cache
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from dualvla.errors import DataError
+from dualvla.io import dataset
+from dualvla.models.processing import Sample
+from dualvla.schema import ACTION_SPACES
+
+_COLUMNS = (
+    "episode_id", "step", "control_hz", "split", "domain", "instruction", "images", "proprio", "action",
+    "action_space", "reasoning", "target_pixel", "target_position",
+)  # fmt: skip
+_KEEP = "keep_reasoning"
+_DOMAIN_KEYS = {"robot": 0, "multimodal": 1}
+
+
+@dataclass(frozen=True)
+class RobotFacts:
+    """What the robot rows of a data set are of; a model is checked against it. image_size: height, width in pixels."""
+
+    action_space: str
+    control_hz: float
+    cameras: tuple[str, ...]
+    image_size: tuple[int, int]
+    proprio_dim: int
+
+
+class TrainRows:
+    """The rows of split "train" of a data set: robot steps and multimodal questions, each numbered from 0.
+
+    A sample's key, which its noise is drawn from, is its row number: multimodal rows come after the robot's.
+    """
+
+    def __init__(self, folder: str, robot: pa.Table, multimodal: pa.Table):
+        if not len(robot):
+            raise DataError(f"'{folder}' has no robot rows in split 'train'.", "collect demonstrations first")
+        self.folder = folder
+        self._robot, self._multimodal = robot, multimodal
+        self._episode_end = _episode_ends(robot)
+        self.actions = _dense(robot, "action", folder)
+        has_proprio = robot["proprio"].null_count == 0
+        self.proprio = _dense(robot, "proprio", folder) if has_proprio else np.zeros((len(robot), 0), np.float32)
+
+    @classmethod
+    def load(cls, folder: str) -> TrainRows:
+        """Raises: DataError naming what is missing, unreadable or inconsistent."""
+        parts: dict[str, list[pa.Table]] = {"robot": [], "multimodal": []}
+        found = dataset.open_dataset(folder)
+        for file in found.files:
+            table = dataset.read_table(file, _COLUMNS, optional=(_KEEP,))
+            if _KEEP not in table.column_names:  # not pruned
+                table = table.append_column(_KEEP, pa.array(np.ones(len(table), bool)))
+            table = table.filter(pc.equal(table["split"], "train"))
+            for domain, rows in parts.items():
+                rows.append(table.filter(pc.equal(table["domain"], domain)))
+        if not found.files:
+            raise DataError(f"'{folder}' has no rows.", "collect demonstrations first")
+        return cls(folder, pa.concat_tables(parts["robot"]), pa.concat_tables(parts["multimodal"]))
+
+    @property
+    def counts(self) -> dict[str, int]:
+        return {"robot": len(self._robot), "multimodal": len(self._multimodal)}
+
+    @cached_property
+    def facts(self) -> RobotFacts:
+        """Raises: DataError if the rows do not agree with each other."""
+        spaces, rates = (pc.unique(self._robot[name]).to_pylist() for name in ("action_space", "control_hz"))
+        if len(spaces) != 1 or len(rates) != 1:
+            raise DataError(
+                f"'{self.folder}' mixes action spaces {spaces} and control rates {rates} Hz.",
+                "train on one robot's data at a time",
+            )
+        if spaces[0] not in ACTION_SPACES or ACTION_SPACES[spaces[0]].size != self.actions.shape[1]:
+            raise DataError(
+                f"'{self.folder}' has actions of {self.actions.shape[1]} numbers in action space '{spaces[0]}'.",
+                f"known action spaces: {', '.join(ACTION_SPACES)}",
+            )
+        images = _images(self._robot, 0)
+        return RobotFacts(
+            action_space=spaces[0],
+            control_hz=rates[0],
+            cameras=tuple(images),
+            image_size=next(iter(images.values())).shape[:2],
+            proprio_dim=self.proprio.shape[1],
+        )
+
+    def texts(self) -> list[str]:
+        """Every distinct instruction, question, reasoning text and answer, in file order: to train a tokenizer on."""
+        columns = [table[name] for table in (self._robot, self._multimodal) for name in ("instruction", "reasoning")]
+        return list(dict.fromkeys(text for column in columns for text in pc.unique(column).to_pylist() if text))
+
+    def target_positions(self) -> np.ndarray:
+        """Target positions where there are any, float32 [M, 3] (m, base frame)."""
+        flat = [chunk.flatten().to_numpy(zero_copy_only=False) for chunk in self._robot["target_position"].chunks]
+        return np.concatenate(flat).reshape(-1, 3).astype(np.float32)
+
+    def sample(self, domain: str, row: int, horizon: int, with_reasoning: bool) -> Sample:
+        return self.robot(row, horizon, with_reasoning) if domain == "robot" else self.multimodal(row)
+
+    def robot(self, row: int, horizon: int, with_reasoning: bool) -> Sample:
+        """Robot step `row` with the next `horizon` actions; past the end of its episode they are masked out."""
+        count = min(horizon, int(self._episode_end[row]) - row)
+        actions = np.zeros((horizon, self.actions.shape[1]), np.float32)
+        actions[:count] = self.actions[row : row + count]
+        table = self._robot
+        keep = with_reasoning and table[_KEEP][row].as_py()
+        return Sample(
+            key=row,
+            domain="robot",
+            images=_images(table, row),
+            instruction=table["instruction"][row].as_py(),
+            reasoning=table["reasoning"][row].as_py() if keep else None,
+            proprio=self.proprio[row],
+            actions=actions,
+            action_mask=np.arange(horizon) < count,
+            target_pixel=_vector(table["target_pixel"][row]),
+            target_position=_vector(table["target_position"][row]),
+        )
+
+    def multimodal(self, row: int) -> Sample:
+        table = self._multimodal
+        return Sample(
+            key=len(self._robot) + row,
+            domain="multimodal",
+            images=_images(table, row),
+            instruction=table["instruction"][row].as_py(),
+            reasoning=table["reasoning"][row].as_py(),
+        )
+
+
+@dataclass(frozen=True)
+class Sampler:
+    """Which samples make the global batch of a step.
+
+    Each domain is walked in epochs, every epoch in its own order keyed by (seed, domain, epoch); every batch holds the
+    same number of each. Knows row numbers only.
+    """
+
+    counts: dict[str, int]
+    batch_size: int
+    multimodal_fraction: float
+    seed: int
+
+    @property
+    def share(self) -> dict[str, int]:
+        """Samples of each domain in a batch. A data set without multimodal rows gives robot samples only."""
+        if not self.counts["multimodal"]:
+            return {"robot": self.batch_size, "multimodal": 0}
+        multimodal = round(self.batch_size * self.multimodal_fraction)
+        return {"robot": self.batch_size - multimodal, "multimodal": multimodal}
+
+    def batch(self, step: int) -> list[tuple[str, int]]:
+        """(domain, row) of step 0, 1, ...; robot samples first, so that `[rank::world]` gives each worker of both."""
+        return [
+            (domain, self._row(domain, step * share + i)) for domain, share in self.share.items() for i in range(share)
+        ]
+
+    def _row(self, domain: str, position: int) -> int:
+        epoch, within = divmod(position, self.counts[domain])
+        return int(_order(self.counts[domain], self.seed, _DOMAIN_KEYS[domain], epoch)[within])
+
+
+@lru_cache(maxsize=4)
+def _order(count: int, seed: int, domain_key: int, epoch: int) -> np.ndarray:
+    return np.random.default_rng([seed, domain_key, epoch]).permutation(count)
+
+
+def _episode_ends(robot: pa.Table) -> np.ndarray:
+    """For every row, the number of the first row after it that does not follow on from it in the same episode."""
+    episode = robot["episode_id"].combine_chunks().dictionary_encode().indices.to_numpy(zero_copy_only=False)
+    step = robot["step"].to_numpy()
+    breaks = np.flatnonzero((episode[1:] != episode[:-1]) | (step[1:] != step[:-1] + 1)) + 1
+    starts = np.concatenate([[0], breaks, [len(step)]])
+    return np.repeat(starts[1:], np.diff(starts))
+
+
+def _dense(table: pa.Table, name: str, folder: str) -> np.ndarray:
+    """A column of equally long lists as float32 [N, D]."""
+    column = table[name]
+    lengths = pc.unique(pc.list_value_length(column)).to_pylist()
+    if len(lengths) != 1 or lengths[0] is None:
+        raise DataError(f"'{folder}': column '{name}' has rows of lengths {lengths}.", "all rows need the same length")
+    flat = np.concatenate([chunk.flatten().to_numpy(zero_copy_only=False) for chunk in column.chunks])
+    if not np.isfinite(flat).all():
+        raise DataError(f"'{folder}': column '{name}' has values that are not finite.", "run `dualvla prune` first")
+    return flat.reshape(len(table), lengths[0]).astype(np.float32)
+
+
+def _images(table: pa.Table, row: int) -> dict[str, np.ndarray]:
+    return {camera: dataset.decode_image(data) for camera, data in table["images"][row].as_py()}
+
+
+def _vector(cell: pa.ListScalar) -> np.ndarray | None:
+    return np.asarray(cell.values, np.float32) if cell.is_valid else None

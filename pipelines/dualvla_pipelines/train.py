@@ -1,0 +1,109 @@
+"""`dualvla train`: checks its inputs, claims the output folder, has the loop run, and finishes the folder.
+
+Workers write straight into the output folder (local, or shared between machines), so a dead driver, a dead worker and
+Ctrl-C all leave the same thing behind: the last resume state, from which the same command goes on.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from dualvla.config import override, to_dict
+from dualvla.errors import UsageError
+from dualvla.io import dataset, manifest, storage
+from dualvla_pipelines.recipes import STAGES, Stage, get_recipe
+
+KIND = "checkpoint"
+
+
+def train(
+    stage: Stage,
+    recipe: str,
+    data: str,
+    out: str,
+    *,
+    init: str | None = None,
+    action_teacher: str | None = None,
+    workers: int = 1,
+    threads: int | None = None,
+    seed: int = 0,
+    assignments: Sequence[str] = (),
+    stop_after: int | None = None,
+) -> dict[str, Any]:
+    """Trains one stage of a recipe into the checkpoint folder `out`; goes on where an earlier call was interrupted.
+
+    workers: ZeRO shards, each a process with `threads` PyTorch threads (default: this machine's cores shared out).
+    stop_after: end after this step, resumable. Raises: UsageError, DataError, CheckpointError, OutputError for what the
+    user can mend; TrainingError.
+    """
+    chosen = override(get_recipe(recipe), assignments)
+    config = chosen.stage(stage)
+    config.micro_batches(workers)
+    _check_inputs(stage, init, action_teacher)
+    if not storage.is_local(out):
+        raise UsageError(f"--out '{out}' is not a path.", "train into a local or shared folder")
+    dataset.open_dataset(data)
+    folders = {"data": data, "init": init, "action_teacher": action_teacher}
+    given = {name: os.path.abspath(folder) for name, folder in folders.items() if folder is not None}
+    for name in given.keys() - {"data"}:
+        manifest.require(given[name], KIND)
+    key = {"stage": stage, "train": to_dict(config), "model": to_dict(chosen.model), "seed": seed}
+    inputs = manifest.input_digests(given)
+    out = os.path.abspath(out)
+    result = {"stage": stage, "out": out, "steps": config.steps}
+    if not manifest.begin(out, KIND, key, inputs):
+        return {**result, "skipped": True, "last": _last_metrics(out)}
+
+    from dualvla_pipelines import launch
+    from dualvla_pipelines.trainer import TrainJob
+
+    job = TrainJob(
+        stage=stage,
+        config=config,
+        model=chosen.model,
+        out=out,
+        seed=seed,
+        stop_after=stop_after,
+        threads=threads or max(1, (os.cpu_count() or 1) // workers),
+        **given,
+    )
+    launch.run(job, workers)
+    if stop_after is not None and stop_after < config.steps:
+        return {**result, "skipped": False, "finished": False, "last": _last_metrics(out)}
+    shutil.rmtree(Path(out, "resume"), ignore_errors=True)
+    files = {Path(url).name: manifest.file_digest(url) for url in storage.list_files(out) if _is_output(url)}
+    manifest.finish(out, KIND, key, inputs, files=files, steps=config.steps)
+    return {**result, "skipped": False, "finished": True, "last": _last_metrics(out)}
+
+
+def render(result: dict[str, Any]) -> str:
+    """For a person: where the checkpoint is, and the last losses."""
+    state = "already there" if result["skipped"] else "finished" if result["finished"] else "stopped, resumable"
+    losses = ", ".join(f"{k} {v:.4g}" for k, v in (result["last"] or {}).items())
+    return f"{result['stage']}: {state}: {result['out']}\n{losses}"
+
+
+def _check_inputs(stage: Stage, init: str | None, action_teacher: str | None) -> None:
+    if stage != "specialist" and init is None:
+        previous = STAGES[STAGES.index(stage) - 1]
+        raise UsageError(f"Stage '{stage}' needs --init.", f"pass the checkpoint of stage '{previous}'")
+    if (stage == "dual") != (action_teacher is not None):
+        raise UsageError(
+            "Stage 'dual' needs --action-teacher." if stage == "dual" else f"Stage '{stage}' has no action teacher.",
+            "pass the specialist's checkpoint to stage 'dual', and to no other",
+        )
+
+
+def _is_output(url: str) -> bool:
+    return Path(url).name not in (manifest.NAME, manifest.STARTED)
+
+
+def _last_metrics(out: str) -> dict[str, float] | None:
+    path = Path(out, "metrics.jsonl")
+    lines = path.read_text().splitlines() if path.exists() else []
+    return json.loads(lines[-1]) if lines else None

@@ -1,0 +1,286 @@
+"""The training loop, as every worker of a torch.distributed group runs it. Knows nothing of Ray.
+
+What is computed depends on (job, data) alone: the global batch of a step is keyed by (seed, step), every worker takes a
+slice of it, and the denominators of all loss terms are summed over workers first, so that the mean of their losses is
+the loss of the global batch exactly.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import logging
+import math
+import os
+import time
+import warnings
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from dualvla.config import to_dict
+from dualvla.distill.step import training_loss
+from dualvla.distill.teachers import Teachers
+from dualvla.errors import CheckpointError, TrainingError
+from dualvla.io import storage
+from dualvla.models.checkpoint import load_model, save_checkpoint
+from dualvla.models.config import ModelConfig
+from dualvla.models.processing import Processor
+from dualvla.models.stages import apply_stage, prepare
+from dualvla.models.vla import VLA, loss_counts
+from dualvla_pipelines import resume, zero
+from dualvla_pipelines.recipes import Stage, TrainConfig
+from dualvla_pipelines.samples import RobotFacts, Sampler, TrainRows
+
+log = logging.getLogger(__name__)
+
+METRICS = "metrics.jsonl"
+_STATE = "state"  # DeepSpeed's folder inside a resume state
+
+
+@dataclass(frozen=True)
+class TrainJob:
+    """One run of `dualvla train`, as every worker gets it. Folders are absolute.
+
+    init: the checkpoint that training starts from (the reasoning teacher of the dual stage too). action_teacher: of the
+    dual stage. stop_after: leave the run resumable after this step. threads: of PyTorch, a worker.
+    """
+
+    stage: Stage
+    config: TrainConfig
+    model: ModelConfig
+    data: str
+    out: str
+    seed: int
+    init: str | None = None
+    action_teacher: str | None = None
+    stop_after: int | None = None
+    threads: int = 1
+
+    @property
+    def last_step(self) -> int:
+        return min(self.config.steps, self.stop_after or self.config.steps)
+
+
+def train(job: TrainJob) -> None:
+    """Trains `job` to its end, or to `stop_after`, going on from the newest resume state. Collective.
+
+    Raises: CheckpointError if the model does not fit the data, TrainingError if a loss is not finite.
+    """
+    torch.set_num_threads(job.threads)
+    warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")  # DeepSpeed's own calls
+    rank, world = dist.get_rank(), dist.get_world_size()
+    rows = TrainRows.load(job.data)
+    model, processor, model_config = build(job, rows)
+    apply_stage(model, job.stage, model_config)
+    micro_batches = job.config.micro_batches(world)
+    engine = zero.initialize(model, job.config, micro_batches)
+    averages = zero.Averages(engine, job.config.ema_decay)
+    teachers = load_teachers(job)
+    sampler = Sampler(rows.counts, job.config.batch_size, job.config.multimodal_fraction, job.seed)
+
+    first = _restore(job, engine, averages)
+    with _metrics(job, first) as record:
+        for step in range(first, job.last_step):
+            started = time.perf_counter()
+            samples = [
+                rows.sample(domain, row, model_config.horizon, job.config.use_reasoning)
+                for domain, row in sampler.batch(step)[rank::world]
+            ]
+            batch = processor.collate(samples, seed=job.seed, step=step)
+            metrics = _step(engine, batch, micro_batches, teachers, job, step)
+            averages.update(step)
+            elapsed = time.perf_counter() - started
+            record({"step": step + 1, **metrics, "samples_per_s": round(job.config.batch_size / elapsed, 2)})
+            if (step + 1) % job.config.checkpoint_every == 0 or step + 1 == job.last_step:
+                _save(job, engine, averages, step + 1)
+    if job.last_step == job.config.steps:
+        _export(job, engine, averages, processor, model_config, rows)
+    engine.destroy()
+
+
+def build(job: TrainJob, rows: TrainRows) -> tuple[VLA, Processor, ModelConfig]:
+    """The model of the stage: from `job.init`, or new, with a processor fitted on the data. Equal on all workers."""
+    if job.init is not None:
+        model, processor, config = load_model(job.init, stage=job.stage, seed=job.seed)
+        check_architecture(config, prepare(job.model, job.stage), job.init)
+        check_fit(config, rows.facts, job.data)
+        return model, processor, config
+    config = prepare(job.model, job.stage)
+    check_fit(config, rows.facts, job.data)
+    processor = Processor.fit(
+        config, texts=rows.texts(), actions=rows.actions, proprios=rows.proprio, positions=rows.target_positions()
+    )
+    model = VLA.create(config, processor, seed=job.seed)
+    return model, processor, model.config
+
+
+def check_architecture(found: ModelConfig, wanted: ModelConfig, folder: str) -> None:
+    """Raises: CheckpointError naming the first thing in which a checkpoint's model is not the recipe's."""
+    difference = _difference(to_dict(found), to_dict(wanted))
+    if difference is not None:
+        name, theirs, ours = difference
+        raise CheckpointError(
+            f"'{folder}' is of another architecture: {name} is {theirs!r} there, {ours!r} in the recipe.",
+            "pass a checkpoint of this recipe, or set the model's keys with --set model.KEY=VALUE",
+        )
+
+
+def _difference(found: Mapping[str, Any], wanted: Mapping[str, Any]) -> tuple[str, Any, Any] | None:
+    """What `wanted` names and `found` has otherwise. A checkpoint says more of its backbone than a recipe does."""
+    for name, ours in wanted.items():
+        theirs = found.get(name)
+        if isinstance(ours, dict) and isinstance(theirs, dict):
+            inner = _difference(theirs, ours)
+            if inner is not None:
+                return f"{name}.{inner[0]}", *inner[1:]
+        elif theirs != ours:
+            return name, theirs, ours
+    return None
+
+
+def check_fit(config: ModelConfig, facts: RobotFacts, data: str) -> None:
+    """Raises: CheckpointError naming the first thing in which model and data do not agree."""
+    size = (config.image_size, config.image_size)
+    wanted: dict[str, tuple[Any, Any]] = {
+        "action_space": (config.action_space, facts.action_space),
+        "control_hz": (config.control_hz, facts.control_hz),
+        "cameras": (list(config.cameras), [c for c in config.cameras if c in facts.cameras]),
+        "image_size": (size, facts.image_size),
+    }
+    if config.proprio_dim:
+        wanted["proprio_dim"] = (config.proprio_dim, facts.proprio_dim)
+    for name, (model, found) in wanted.items():
+        if model != found:
+            raise CheckpointError(
+                f"The model's {name} is {model!r}, but the data in '{data}' has {found!r}.",
+                f"train on other data, or set model.{name}",
+            )
+
+
+def load_teachers(job: TrainJob) -> Teachers | None:
+    """Frozen models outside ZeRO: the specialist, and a copy of what the student starts from. None but in "dual"."""
+    if job.stage != "dual":
+        return None
+    assert job.action_teacher is not None
+    assert job.init is not None
+    return Teachers(action=_frozen(job.action_teacher), reasoning=_frozen(job.init))
+
+
+def _frozen(folder: str) -> VLA:
+    model, _, _ = load_model(folder)
+    return model.eval().requires_grad_(False)
+
+
+def _step(
+    engine: Any, batch: Mapping[str, Tensor], micro_batches: int, teachers: Teachers | None, job: TrainJob, step: int
+) -> dict[str, float]:
+    """One optimiser step on this worker's samples. Returns the global batch's metrics."""
+    parts = _split(batch, micro_batches)
+    counts = loss_counts(batch)
+    dist.all_reduce(counts)
+    counts /= dist.get_world_size() * micro_batches
+    torch.manual_seed(hash((job.seed, step, dist.get_rank())))  # dropout: a resumed step repeats the one that was lost
+    lr = zero.learning_rate(step, job.config)
+    zero.set_learning_rate(engine, lr)
+    totals: dict[str, Tensor] = {}
+    for part in parts:
+        out = training_loss(engine, part, counts=counts, weights=job.config.losses, teachers=teachers)
+        engine.backward(out["loss"])
+        engine.step()
+        for name, value in out.items():
+            totals[name] = totals.get(name, torch.zeros(())) + value.detach().float() / micro_batches
+    names = sorted(totals)
+    values = torch.stack([totals[name] for name in names])
+    dist.all_reduce(values)
+    metrics = dict(zip(names, (values / dist.get_world_size()).tolist(), strict=True))
+    if not math.isfinite(metrics["loss"]):
+        terms = ", ".join(f"{name} {value}" for name, value in metrics.items())
+        raise TrainingError(
+            f"The loss of step {step + 1} is not finite ({terms}); batch: {', '.join(sorted(batch))}.",
+            "lower lr, or look for broken rows with `dualvla prune`",
+        )
+    return metrics | {"lr": lr, "grad_norm": float(engine.get_global_grad_norm() or 0.0)}
+
+
+def _split(batch: Mapping[str, Tensor], parts: int) -> list[dict[str, Tensor]]:
+    """`parts` slices of every tensor, taken crosswise so that each holds robot samples and questions alike."""
+    return [{name: tensor[i::parts] for name, tensor in batch.items()} for i in range(parts)]
+
+
+@contextlib.contextmanager
+def _metrics(job: TrainJob, first: int) -> Any:
+    """Yields a function that appends one line to metrics.jsonl; lines of steps that will be repeated are dropped."""
+    if dist.get_rank() != 0:
+        yield lambda line: None
+        return
+    path = Path(job.out, METRICS)
+    with storage.writing(str(path)):
+        kept = path.read_text().splitlines(keepends=True)[:first] if path.exists() else []
+        storage.write_bytes(path, "".join(kept).encode())
+        with open(path, "a", buffering=1) as file:
+            yield lambda line: file.write(json.dumps(line) + "\n")
+
+
+def _resume_root(job: TrainJob) -> Path:
+    return Path(job.out, "resume")
+
+
+def _save(job: TrainJob, engine: Any, averages: zero.Averages, step: int) -> None:
+    root, rank = _resume_root(job), dist.get_rank()
+    folder = [str(resume.open_new(root, step))] if rank == 0 else [""]
+    dist.broadcast_object_list(folder)
+    with storage.writing(str(root)):
+        engine.save_checkpoint(folder[0], tag=_STATE)
+        save_file(averages.state(), os.path.join(folder[0], f"averages-{rank}.safetensors"))
+    dist.barrier()
+    if rank == 0:
+        resume.commit(root, step, {"workers": dist.get_world_size()})
+    dist.barrier()
+
+
+def _restore(job: TrainJob, engine: Any, averages: zero.Averages) -> int:
+    """Loads the newest resume state. Returns how many steps are done."""
+    saved = resume.newest(_resume_root(job))
+    if saved is None:
+        return 0
+    workers = saved.facts["workers"]
+    if workers != dist.get_world_size():
+        raise CheckpointError(
+            f"'{saved.folder}' was written by {workers} workers, not {dist.get_world_size()}.",
+            f"go on with --workers {workers}",
+        )
+    engine.load_checkpoint(str(saved.folder), tag=_STATE)
+    averages.load(load_file(saved.folder / f"averages-{dist.get_rank()}.safetensors"))
+    log.info("resuming after step %d", saved.step)
+    return saved.step
+
+
+def _export(
+    job: TrainJob,
+    engine: Any,
+    averages: zero.Averages,
+    processor: Processor,
+    model_config: ModelConfig,
+    rows: TrainRows,
+) -> None:
+    """The policy: averaged weights, configuration, processor and model card, straight in `job.out`."""
+    with averages.in_place() if job.config.ema_decay else contextlib.nullcontext():
+        state = zero.whole_weights(engine)
+    if dist.get_rank() == 0:
+        trained = sum(p.ds_numel for p in engine.module.parameters() if p.requires_grad)
+        config = job.config
+        facts = {
+            "stage": job.stage,
+            "trained parameters": f"{trained / 1e6:.2f} M",
+            "training": f"{config.steps} steps of {config.batch_size} samples, learning rate {config.lr:g}, seed {job.seed}",
+            "data": f"{rows.counts['robot']} robot steps, {rows.counts['multimodal']} questions",
+        }
+        save_checkpoint(job.out, state, model_config, processor, facts)
+    dist.barrier()

@@ -1,0 +1,160 @@
+"""The DeepSpeed engine around a model: set-up, learning rate, averaged weights, and whole weights out of shards.
+
+Knows nothing of data, losses or files. Every function here is called by all workers together.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from dualvla_pipelines.recipes import TrainConfig, ZeroConfig
+
+# DeepSpeed allocates whole buckets up front; its defaults (2 GB each) are made for models a thousand times larger.
+_MAX_BUCKET_ELEMENTS = 500_000_000
+
+
+def initialize(model: nn.Module, config: TrainConfig, micro_batches: int) -> Any:
+    """A DeepSpeed engine that trains the parameters of `model` that require grad.
+
+    micro_batches: backward passes a step. Weight decay is applied to matrices only. torch.distributed must be up.
+    """
+    import deepspeed
+    import deepspeed.ops
+
+    # Its shared-memory collectives for CPUs are compiled on first use (most of a minute, needs a C++ compiler).
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    trainable = [p for p in model.parameters() if p.requires_grad]
+    groups = [
+        {"params": [p for p in trainable if p.dim() >= 2], "weight_decay": config.weight_decay},
+        {"params": [p for p in trainable if p.dim() < 2], "weight_decay": 0.0},
+    ]
+    optimizer = torch.optim.AdamW([g for g in groups if g["params"]], lr=config.lr, betas=config.betas)
+    engine, *_ = deepspeed.initialize(
+        model=model,
+        optimizer=optimizer,
+        dist_init_required=False,
+        config=_engine_config(config.zero, config.grad_clip, micro_batches, sum(p.numel() for p in model.parameters())),
+    )
+    return engine
+
+
+def _engine_config(zero: ZeroConfig, grad_clip: float, micro_batches: int, elements: int) -> dict[str, Any]:
+    bucket = min(_MAX_BUCKET_ELEMENTS, 2 * elements)
+    stage: dict[str, Any] = {
+        "stage": zero.stage,
+        "overlap_comm": torch.cuda.is_available(),
+        "reduce_bucket_size": bucket,
+        "allgather_bucket_size": bucket,
+        "sub_group_size": bucket,
+        "offload_optimizer": {"device": zero.offload},
+    }
+    if zero.stage == 3:
+        stage |= {
+            "stage3_param_persistence_threshold": zero.persistence_threshold,
+            "stage3_prefetch_bucket_size": bucket,
+        }
+    return {
+        "train_micro_batch_size_per_gpu": 1,  # for DeepSpeed's own logs only
+        "gradient_accumulation_steps": micro_batches,
+        "gradient_clipping": grad_clip,
+        "zero_optimization": stage,
+        "zero_force_ds_cpu_optimizer": False,  # its CPU Adam is compiled on first use
+        "torch_autocast": {"enabled": zero.dtype == "bf16", "dtype": "bfloat16"},
+        "steps_per_print": 1 << 62,
+    }
+
+
+def learning_rate(step: int, config: TrainConfig) -> float:
+    """Of step 0, 1, ...: linear warm-up to `lr`, then constant, or a cosine down to a tenth of it."""
+    if step < config.warmup_steps:
+        return config.lr * (step + 1) / config.warmup_steps
+    if config.schedule == "constant":
+        return config.lr
+    done = (step - config.warmup_steps) / max(1, config.steps - config.warmup_steps)
+    return config.lr * (0.1 + 0.45 * (1 + math.cos(math.pi * done)))
+
+
+def set_learning_rate(engine: Any, lr: float) -> None:
+    for group in engine.optimizer.param_groups:
+        group["lr"] = lr
+
+
+class Averages:
+    """Exponential moving averages of this worker's shard of the float32 master weights.
+
+    The average after step t is decay_t * average + (1 - decay_t) * weights, decay_t = min(decay, (1 + t) / (10 + t)).
+    """
+
+    def __init__(self, engine: Any, decay: float):
+        self._masters = _masters(engine)
+        self._decay = decay
+        self.shadows = [master.detach().clone() for master in self._masters]
+
+    @torch.no_grad()
+    def update(self, step: int) -> None:
+        """step: 0 for the first one."""
+        decay = min(self._decay, (1 + step) / (10 + step))
+        torch._foreach_lerp_(self.shadows, [master.detach() for master in self._masters], 1 - decay)
+
+    def state(self) -> dict[str, Tensor]:
+        return {f"shard{i}": shadow for i, shadow in enumerate(self.shadows)}
+
+    @torch.no_grad()
+    def load(self, state: dict[str, Tensor]) -> None:
+        for i, shadow in enumerate(self.shadows):
+            shadow.copy_(state[f"shard{i}"])
+
+    @contextlib.contextmanager
+    def in_place(self) -> Iterator[None]:
+        """The engine's master weights are the averages inside this block."""
+        self._swap()
+        try:
+            yield
+        finally:
+            self._swap()
+
+    @torch.no_grad()
+    def _swap(self) -> None:
+        for shadow, master in zip(self.shadows, self._masters, strict=True):
+            held = master.detach().clone()
+            master.detach().copy_(shadow)
+            shadow.copy_(held)
+
+
+def _masters(engine: Any) -> list[Tensor]:
+    optimizer = engine.optimizer
+    if engine.zero_optimization_stage() == 3:
+        return list(optimizer.fp32_partitioned_groups_flat)
+    return list(optimizer.single_partition_of_fp32_groups)
+
+
+def whole_weights(engine: Any) -> dict[str, Tensor]:
+    """Every parameter (in float32) and persistent buffer, whole, on the CPU of every worker."""
+    import deepspeed
+    from deepspeed.utils import safe_get_full_fp32_param
+
+    module = engine.module
+    whole: dict[int, Tensor] = {}
+    for parameter in module.parameters():
+        if parameter.requires_grad:
+            whole[id(parameter)] = safe_get_full_fp32_param(parameter).detach().cpu().clone()
+        else:
+            with deepspeed.zero.GatheredParameters([parameter]):
+                whole[id(parameter)] = parameter.detach().float().cpu().clone()
+    state = {name: whole[id(p)] for name, p in module.named_parameters(remove_duplicate=False)}
+    buffers = dict(module.named_buffers(remove_duplicate=False))
+    return state | {name: buffers[name].detach().cpu().clone() for name in _persistent(module) & buffers.keys()}
+
+
+def _persistent(module: nn.Module) -> set[str]:
+    return {
+        f"{prefix}.{name}" if prefix else name
+        for prefix, child in module.named_modules(remove_duplicate=False)
+        for name in child._buffers.keys() - child._non_persistent_buffers_set
+    }
