@@ -1,0 +1,93 @@
+"""`dualvla eval`: rollouts of policies on a suite, or questions of a data set. Knows the command line only."""
+
+from __future__ import annotations
+
+import argparse
+import os
+from collections.abc import Mapping
+from typing import Any
+
+from dualvla.cli import Command
+
+_ABLATIONS = ("none", "blank-images", "other-instruction")
+
+
+def _configure(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--policy",
+        action="append",
+        required=True,
+        metavar="[NAME=]SOURCE",
+        help="a checkpoint folder, expert, random, expert-random-object, or ws://host:port; may be given several "
+        "times. NAME is what the results call it (default: the folder's name)",
+    )
+    parser.add_argument(
+        "--suite", required=True, help="blocks, or qa:DATA (the held-out questions of a data set folder)"
+    )
+    parser.add_argument("--out", required=True, metavar="DIR", help="the evaluation folder; resumes what is there")
+    parser.add_argument("--tasks", metavar="A,B", help="tasks to evaluate (default: all of the suite)")
+    parser.add_argument(
+        "--episodes",
+        default="",
+        metavar="N | TASK=N,...",
+        help="numbered episodes per task (default: what the suite fixes)",
+    )
+    parser.add_argument("--workers", type=int, default=os.cpu_count() or 1, help="worker processes; changes no outcome")
+    parser.add_argument("--envs-per-worker", type=int, default=5, help="environments that share one forward pass")
+    parser.add_argument("--videos", type=int, default=2, help="film that many of the first episodes of each task")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the policies' randomness, never of the episodes")
+    parser.add_argument(
+        "--ablation",
+        choices=_ABLATIONS,
+        default="none",
+        help="control experiment: grey images, or the instruction of another object of the scene",
+    )
+    parser.add_argument(
+        "--reasoning",
+        default="auto",
+        metavar="auto | never | every:K",
+        help="when a checkpoint writes reasoning: when it decides to, never, or every K control steps",
+    )
+
+
+def _run(arguments: argparse.Namespace) -> dict[str, Any]:
+    from dualvla.errors import UsageError
+    from dualvla_eval import policies
+
+    for option in ("workers", "envs_per_worker"):
+        if getattr(arguments, option) < 1:
+            raise UsageError(f"--{option.replace('_', '-')} must be 1 or more.", "leave it out for the default")
+    refs = [policies.parse_policy(text, arguments.ablation) for text in arguments.policy]
+    if arguments.suite.startswith("qa:"):
+        from dualvla_eval.qa_suite import run_questions
+
+        summary = run_questions(arguments.out, arguments.suite.removeprefix("qa:"), refs, workers=arguments.workers)
+    else:
+        from dualvla_eval.suites import get_suite
+        from dualvla_eval.sweep import SweepConfig, parse_tasks, run_sweep
+
+        suite = get_suite(arguments.suite)
+        config = SweepConfig(
+            tasks=parse_tasks(suite, arguments.tasks, arguments.episodes),
+            seed=arguments.seed,
+            reasoning=arguments.reasoning,
+            envs_per_worker=arguments.envs_per_worker,
+            videos_per_task=arguments.videos,
+        )
+        summary = run_sweep(arguments.out, suite, refs, config, workers=arguments.workers)
+    return {"ok": True, "out": arguments.out, **summary}
+
+
+def _render(result: Mapping[str, Any]) -> str:
+    from dualvla.console import table
+
+    rows = [
+        [policy, task, f"{t['successes']}/{t['n']}", f"{t['rate']:.1%}", f"{t['low']:.1%} .. {t['high']:.1%}"]
+        for policy, of_policy in result["policies"].items()
+        for task, t in of_policy["tasks"].items()
+    ]
+    title = f"Suite {result['suite']} (Wilson 95 %)" + (", unchanged" if result["skipped"] else "")
+    return f"{table(title, ['policy', 'task', 'solved', 'rate', 'interval'], rows)}\n{result['out']}"
+
+
+COMMAND = Command("roll out policies on a suite, or ask the questions of a data set", _configure, _run, _render)

@@ -1,0 +1,202 @@
+"""The files of an evaluation folder (contract.md): what is written of each episode, and reading it back.
+
+    episodes.parquet                                one row an episode, sorted, never two for one key
+    trajectories/<policy>-<task>-<episode>.parquet  one row a step, and a closing row without action
+    videos/<policy>-<task>-<episode>.mp4
+    summary.json                                    rates, means, termination rule, conventions
+    parts/*.parquet                                 the rows of one work item each: the sweep's durable progress
+
+Knows the records of a rollout and files; knows nothing of Ray or of judges.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+
+from dualvla.io import dataset, storage
+from dualvla_eval.rollout import EpisodeResult
+from dualvla_eval.suites import Episode
+
+EPISODES = "episodes.parquet"
+ANSWERS = "answers.parquet"
+SUMMARY = "summary.json"
+KIND = "evaluation"
+
+EPISODE_SCHEMA = pa.schema(
+    [
+        ("suite", pa.string()),
+        ("task", pa.string()),
+        ("variant", pa.string()),
+        ("episode_id", pa.int64()),
+        ("seed", pa.int64()),
+        ("policy", pa.string()),
+        ("policy_kind", pa.string()),
+        ("instruction", pa.string()),
+        ("success", pa.bool_()),
+        ("steps", pa.int32()),
+        ("stop_reason", pa.string()),
+        ("failure", pa.string()),
+        ("reasoning_steps", pa.int32()),  # steps at which text was newly generated
+        ("reasoning_tokens", pa.int32()),
+        ("replies", pa.int32()),  # how often the policy was asked
+        ("infer_ms", pa.float64()),  # mean over the replies, amortised over the batch
+        ("wall_s", pa.float64()),
+        ("video", pa.string()),
+    ]
+)
+EPISODE_KEY = ("policy", "task", "variant", "episode_id")
+
+TRAJECTORY_SCHEMA = pa.schema(
+    [
+        ("step", pa.int32()),
+        ("action", pa.list_(pa.float32())),  # null on the closing row
+        ("ee_pose", pa.list_(pa.float64())),
+        ("gripper", pa.list_(pa.float64())),
+        ("reasoning", pa.string()),
+        ("keyframe", pa.bool_()),
+        ("reasoning_tokens", pa.int32()),
+        ("events", pa.list_(pa.string())),
+        ("state", pa.string()),  # JSON of the simulator's privileged state before the action
+        ("infer_ms", pa.float64()),
+    ]
+)
+
+
+@dataclass(frozen=True)
+class Trajectory:
+    """A recorded episode: its row of episodes.parquet and its T steps.
+
+    actions: float32 [T, D]. Poses and states have one more entry, where the last action led: ee_pose float64 [T + 1, 6]
+    (m, rad), gripper float64 [T + 1, arms], states T + 1 dicts. reasoning, keyframe, events: T entries.
+    """
+
+    row: Mapping[str, Any]
+    actions: np.ndarray
+    ee_pose: np.ndarray
+    gripper: np.ndarray
+    states: tuple[Mapping[str, Any], ...]
+    reasoning: tuple[str | None, ...]
+    keyframe: tuple[bool, ...]
+    events: tuple[tuple[str, ...], ...]
+
+    @property
+    def num_steps(self) -> int:
+        return len(self.actions)
+
+
+def stem(policy: str, task: str, variant: str, episode_id: int) -> str:
+    """File name, without its ending, of what belongs to one episode."""
+    middle = task if variant == "base" else f"{task}-{variant}"
+    return f"{policy}-{middle}-{episode_id:04d}"
+
+
+def trajectory_url(folder: str, row: Mapping[str, Any]) -> str:
+    name = stem(row["policy"], row["task"], row["variant"], row["episode_id"])
+    return storage.join(folder, "trajectories", f"{name}.parquet")
+
+
+def part_url(folder: str, name: str) -> str:
+    return storage.join(folder, "parts", f"{name}.parquet")
+
+
+def episode_row(result: EpisodeResult, policy: str, kind: str, video: str | None) -> dict[str, Any]:
+    waits = [s.infer_ms for s in result.steps if s.infer_ms is not None]
+    return _row(
+        result.episode, policy, kind,
+        instruction=result.instruction,
+        success=result.success,
+        steps=result.num_steps,
+        stop_reason=result.stop_reason,
+        failure=result.failure,
+        reasoning_steps=sum(s.keyframe for s in result.steps),
+        reasoning_tokens=sum(s.reasoning_tokens for s in result.steps),
+        replies=len(waits),
+        infer_ms=float(np.mean(waits)) if waits else None,
+        wall_s=result.wall_s,
+        video=video,
+    )  # fmt: skip
+
+
+def crashed_row(episode: Episode, policy: str, failure: str) -> dict[str, Any]:
+    """The row of an episode that killed its worker: counted as not solved, with nothing recorded."""
+    return _row(
+        episode, policy, "unknown",
+        instruction="", success=False, steps=0, stop_reason="crashed", failure=failure,
+        reasoning_steps=0, reasoning_tokens=0, replies=0, infer_ms=None, wall_s=0.0, video=None,
+    )  # fmt: skip
+
+
+def _row(episode: Episode, policy: str, kind: str, **columns: Any) -> dict[str, Any]:
+    return {
+        "suite": episode.suite,
+        "task": episode.task,
+        "variant": episode.variant,
+        "episode_id": episode.episode_id,
+        "seed": episode.seed,
+        "policy": policy,
+        "policy_kind": kind,
+        **columns,
+    }
+
+
+def write_trajectory(folder: str, row: Mapping[str, Any], result: EpisodeResult) -> None:
+    rows = [
+        {
+            "step": s.step,
+            "action": s.action,
+            "ee_pose": s.ee_pose,
+            "gripper": s.gripper,
+            "reasoning": s.reasoning,
+            "keyframe": s.keyframe,
+            "reasoning_tokens": s.reasoning_tokens,
+            "events": s.events,
+            "state": json.dumps(s.state, sort_keys=True, separators=(",", ":")),
+            "infer_ms": s.infer_ms,
+        }
+        for s in result.steps
+    ]
+    dataset.write_table(trajectory_url(folder, row), pa.Table.from_pylist(rows, schema=TRAJECTORY_SCHEMA))
+
+
+def read_trajectory(folder: str, row: Mapping[str, Any]) -> Trajectory:
+    """Raises: DataError if its file is missing or damaged."""
+    steps = dataset.read_table(trajectory_url(folder, row), TRAJECTORY_SCHEMA.names).to_pylist()
+    acted = steps[:-1]
+    return Trajectory(
+        row=row,
+        actions=np.array([s["action"] for s in acted], dtype=np.float32).reshape(len(acted), -1),
+        ee_pose=np.array([s["ee_pose"] for s in steps], dtype=np.float64),
+        gripper=np.array([s["gripper"] for s in steps], dtype=np.float64),
+        states=tuple(json.loads(s["state"]) for s in steps),
+        reasoning=tuple(s["reasoning"] for s in acted),
+        keyframe=tuple(s["keyframe"] for s in acted),
+        events=tuple(tuple(s["events"]) for s in acted),
+    )
+
+
+def merge_parts(folder: str, names: Sequence[str], schema: pa.Schema, key: Sequence[str]) -> pa.Table:
+    """The rows of all parts, sorted by `key`. Equal parts give an equal table, whoever wrote them in whatever order."""
+    table = pa.concat_tables([dataset.read_table(part_url(folder, name), schema.names) for name in names])
+    return table.sort_by([(name, "ascending") for name in key])
+
+
+def write_rows(url: str, rows: Sequence[Mapping[str, Any]], schema: pa.Schema) -> None:
+    dataset.write_table(url, pa.Table.from_pylist([dict(r) for r in rows], schema=schema))
+
+
+def write_json(url: str, value: Mapping[str, Any]) -> None:
+    storage.write_bytes(url, (json.dumps(value, indent=2, sort_keys=True) + "\n").encode())
+
+
+def read_json(url: str) -> dict[str, Any]:
+    return json.loads(storage.read_bytes(url))
+
+
+def read_episodes(folder: str) -> list[dict[str, Any]]:
+    return dataset.read_table(storage.join(folder, EPISODES), EPISODE_SCHEMA.names).to_pylist()
