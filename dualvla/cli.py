@@ -56,11 +56,12 @@ def commands() -> dict[str, EntryPoint]:
 
 def call(name: str, argv: Sequence[str]) -> dict[str, Any]:
     """Runs a subcommand in this process and returns its result. Raises what it raises."""
-    command, arguments = _parse(name, argv)
+    command, arguments = parse(name, argv)
     return command.run(arguments)
 
 
-def _parse(name: str, argv: Sequence[str]) -> tuple[Command, argparse.Namespace]:
+def parse(name: str, argv: Sequence[str]) -> tuple[Command, argparse.Namespace]:
+    """The subcommand and its arguments. Raises: UsageError on an unknown command or a wrong option."""
     known = commands()
     if name not in known:
         raise UsageError(f"Unknown command '{name}'.", did_you_mean(name, known))
@@ -107,7 +108,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if argv[0] == "--version":
             print(dualvla.__version__)
             return 0
-        command, arguments = _parse(argv[0], argv[1:])
+        command, arguments = parse(argv[0], argv[1:])
         result = command.run(arguments)
         print(json.dumps(result) if arguments.json else command.render(result))
         return result.get("exit_code", 0 if result.get("ok", True) else 1)
