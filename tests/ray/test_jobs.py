@@ -1,0 +1,156 @@
+"""`dualvla submit` and `dualvla jobs` against a real Ray head with a token, driven as a user does: as processes."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+TOKEN = "0123456789abcdef0123456789abcdef"
+
+
+@dataclass(frozen=True)
+class Head:
+    address: str
+    env: dict[str, str]
+
+
+@pytest.fixture(scope="module")
+def head() -> Iterator[Head]:
+    """A head of our own: its own ports, folder and process group, so that stopping it stops nothing else."""
+    dashboard, gcs, client, agent = _free_ports(4)
+    folder = tempfile.mkdtemp(prefix="dvh")  # short: Ray puts Unix sockets below it
+    env = {k: v for k, v in os.environ.items() if not k.startswith("RAY_")}
+    env |= {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": TOKEN, "RAY_USAGE_STATS_ENABLED": "0"}
+    options = {
+        "port": gcs,
+        "dashboard-host": "127.0.0.1",
+        "dashboard-port": dashboard,
+        "ray-client-server-port": client,
+        "dashboard-agent-listen-port": agent,
+        "temp-dir": folder,
+        "num-cpus": 2,
+        "object-store-memory": 100_000_000,
+    }
+    command = [str(Path(sys.executable).with_name("ray")), "start", "--head", "--block"]
+    command += [f"--{name}={value}" for name, value in options.items()]
+    log = Path(folder, "head.log").open("wb")
+    process = subprocess.Popen(command, env=env, stdout=log, stderr=subprocess.STDOUT, start_new_session=True)
+    address = f"http://127.0.0.1:{dashboard}"
+    try:
+        _wait_for(address, process, Path(folder, "head.log"))
+        yield Head(address, env)
+    finally:
+        process.send_signal(signal.SIGTERM)
+        try:
+            process.wait(30)
+        except subprocess.TimeoutExpired:
+            os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+        log.close()
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def dualvla(head: Head, *argv: str, **env: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "dualvla", *argv]
+    return subprocess.run(command, env=head.env | env, capture_output=True, text=True, timeout=200)
+
+
+def test_a_job_reports_its_output_and_its_exit_code(head: Head) -> None:
+    argv = ("--", "prune", "/nowhere/data", "/nowhere/out", "--mode", "both")
+    done = dualvla(head, "submit", "--json", "--address", head.address, "--python", sys.executable, *argv)
+    assert done.returncode == 2, done.stderr  # what `dualvla prune` itself exits with
+    assert "/nowhere/data" in done.stderr  # its output is followed
+    result = json.loads(done.stdout)
+    assert result["status"] == "FAILED"
+
+    logs = dualvla(head, "jobs", "logs", result["id"], "--address", head.address)
+    assert "/nowhere/data" in logs.stdout
+    listed = dualvla(head, "jobs", "list", "--json", RAY_API_SERVER_ADDRESS=head.address)
+    assert [job["id"] for job in json.loads(listed.stdout)["jobs"]].count(result["id"]) == 1
+
+
+def test_a_detached_job_joins_the_cluster_and_can_be_stopped(head: Head, tmp_path: Path) -> None:
+    # `jobs` itself needs no cluster; a command that connects must find this one through RAY_ADDRESS.
+    probe = tmp_path / "probe.py"
+    probe.write_text(
+        "import os, sys, time, runpy\n"
+        "if sys.argv[1:3] != ['-m', 'dualvla']: sys.exit('unexpected entry point')\n"
+        "from dualvla_cluster.connect import connect\n"
+        "import ray\n"
+        "connect()\n"
+        f"open({str(tmp_path / 'joined')!r}, 'w').write(ray.get_runtime_context().gcs_address)\n"
+        "time.sleep(600)\n"
+    )
+    python = tmp_path / "python"
+    python.write_text(f'#!/bin/sh\nexec "{sys.executable}" "{probe}" "$@"\n')
+    python.chmod(0o755)
+    sent = dualvla(
+        head, "submit", "--json", "--detach", "--address", head.address, "--python", str(python), "--", "jobs", "list"
+    )
+    assert sent.returncode == 0, sent.stderr
+    job_id = json.loads(sent.stdout)["id"]
+    deadline = time.monotonic() + 120
+    while not (tmp_path / "joined").exists():
+        status = json.loads(dualvla(head, "jobs", "status", job_id, "--json", "--address", head.address).stdout)
+        assert status["jobs"][0]["status"] in ("PENDING", "RUNNING"), status
+        assert time.monotonic() < deadline
+    stopped = dualvla(head, "jobs", "stop", job_id, "--json", "--address", head.address)
+    assert json.loads(stopped.stdout)["jobs"][0]["status"] == "STOPPED"
+
+
+def test_a_wrong_token_is_refused_with_the_remedy(head: Head) -> None:
+    done = dualvla(head, "jobs", "list", "--address", head.address, RAY_AUTH_TOKEN="f" * 32)
+    assert done.returncode == 2
+    assert "refused this token" in done.stderr
+    assert "RAY_AUTH_TOKEN_PATH" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_an_unknown_job_is_a_usage_error(head: Head) -> None:
+    done = dualvla(head, "jobs", "status", "raysubmit_nothing", "--address", head.address)
+    assert done.returncode == 2
+    assert "raysubmit_nothing" in done.stderr
+
+
+def test_no_head_is_told_at_once_and_an_unknown_command_before_that() -> None:
+    (port,) = _free_ports(1)
+    nobody = Head(f"http://127.0.0.1:{port}", dict(os.environ))
+    done = dualvla(nobody, "submit", "--address", nobody.address, "--", "prune", "a", "b", "--mode", "both")
+    assert (done.returncode, "ray start --head" in done.stderr) == (2, True), done.stderr
+    done = dualvla(nobody, "submit", "--address", nobody.address, "--", "prunee")
+    assert (done.returncode, "did you mean 'prune'" in done.stderr) == (2, True), done.stderr
+
+
+def _free_ports(count: int) -> list[int]:
+    sockets = [socket.create_server(("127.0.0.1", 0)) for _ in range(count)]
+    ports = [s.getsockname()[1] for s in sockets]
+    for s in sockets:
+        s.close()
+    return ports
+
+
+def _wait_for(address: str, process: subprocess.Popen[bytes], log: Path) -> None:
+    deadline = time.monotonic() + 120
+    while True:
+        assert process.poll() is None, log.read_text()
+        try:
+            request = urllib.request.Request(f"{address}/api/version", headers={"Authorization": f"Bearer {TOKEN}"})
+            urllib.request.urlopen(request, timeout=5).close()
+            return
+        except (urllib.error.URLError, OSError):
+            assert time.monotonic() < deadline, log.read_text()
+            time.sleep(0.5)
