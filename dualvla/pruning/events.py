@@ -6,12 +6,13 @@ frame; the detector here needs no training and serves as the default and as the 
 
 from __future__ import annotations
 
-import itertools
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
 import numpy as np
+
+_BLURS = 2  # an edge that moves by less than a cell then changes the features smoothly, so steady motion looks steady
 
 
 class SceneEventDetector(Protocol):
@@ -21,67 +22,70 @@ class SceneEventDetector(Protocol):
 
 
 @dataclass(frozen=True)
-class FrameNovelty:
-    """An event is where the frames before and the frames after resemble themselves more than each other.
+class FrameDifferences:
+    """An event is where the picture begins to change in another way than it did.
 
-    The score of a frame is the novelty of Foote (2000) on the distances between frames: the mean distance between the
-    `window` frames before it and the `window` frames from it on, less the mean distance within either side. Steady
-    motion scores the same everywhere; what starts, stops, turns or appears scores higher. Scores are divided by their
-    mean over the episode, so that lighting, distance and speed do not matter. A frame fires if its score exceeds
-    `threshold` means. The first frame always fires: everything in it is new.
+    With f the features of a frame (mean colours of grid x grid cells, blurred) and v[t] = f[t] - f[t-1], the score is
 
-    grid: frames are averaged down to grid x grid cells before they are compared. window: in frames.
+        s[t] = ||v[t+1] - v[t]|| / (||v[t+1]|| + ||v[t]|| + noise)        in [0, 1], 0 at both ends
+
+    so steady motion scores near 0, whatever its speed, and a start, a stop, a turn or a sudden appearance near 1. A
+    frame fires if its score exceeds `threshold` times the mean score of its episode; the first frame always fires,
+    because everything in it is new.
+
+    noise: in grey levels (root mean square over the features); below it a change counts as none.
     """
 
-    grid: int = 16
-    window: int = 2
-    threshold: float = 1.2
+    grid: int = 8
+    threshold: float = 1.3
+    noise: float = 0.5
 
     def __call__(self, episodes: Sequence[np.ndarray]) -> list[np.ndarray]:
         return [self._label(frames) for frames in episodes]
 
     def _label(self, frames: np.ndarray) -> np.ndarray:
-        fires = self.scores(frames) > self.threshold
+        scores = self.scores(frames)
+        fires = np.zeros(len(scores), dtype=bool)
+        if len(scores) >= 3:
+            fires = scores > self.threshold * scores[1:-1].mean()
         fires[:1] = True
         return fires
 
     def scores(self, frames: np.ndarray) -> np.ndarray:
-        """Novelty of every frame in means of its episode, float64 [N]; zeros if nothing ever changes."""
-        novelty = _novelty(_cell_means(frames, self.grid), self.window)
-        mean = novelty[1:].mean() if len(novelty) > 1 else 0.0
-        return novelty / mean if mean > 0.0 else novelty
+        """s[t] of every frame, float64 [N]."""
+        scores = np.zeros(len(frames))
+        if len(frames) >= 3:
+            change_ND = np.diff(_blurred_cells(frames, self.grid), axis=0)
+            size_N = _rms(change_ND)
+            scores[1:-1] = _rms(np.diff(change_ND, axis=0)) / (size_N[1:] + size_N[:-1] + self.noise)
+        return scores
 
 
-def _cell_means(frames_NHWC: np.ndarray, grid: int) -> np.ndarray:
-    """Mean colour of each cell, float64 [N, cells * channels]; frames smaller than the grid are taken as they are."""
+def _rms(values_ND: np.ndarray) -> np.ndarray:
+    return np.sqrt((values_ND * values_ND).mean(axis=1))
+
+
+def _blurred_cells(frames_NHWC: np.ndarray, grid: int) -> np.ndarray:
+    """Mean colour of each cell, blurred over its neighbours, float64 [N, cells * channels].
+
+    Frames smaller than the grid are taken as they are.
+    """
     height, width = frames_NHWC.shape[1:3]
     rows = np.unique(np.arange(grid) * height // grid)
     columns = np.unique(np.arange(grid) * width // grid)
     sums = np.add.reduceat(frames_NHWC, rows, axis=1, dtype=np.uint32)
     sums = np.add.reduceat(sums, columns, axis=2, dtype=np.uint32)
     areas = np.outer(np.diff(rows, append=height), np.diff(columns, append=width))
-    return (sums / areas[:, :, None]).reshape(len(frames_NHWC), len(rows) * len(columns) * frames_NHWC.shape[3])
+    cells = sums / areas[:, :, None]
+    for _ in range(_BLURS):
+        cells = _binomial(_binomial(cells, axis=1), axis=2)
+    return cells.reshape(len(cells), -1)
 
 
-def _novelty(features_ND: np.ndarray, window: int) -> np.ndarray:
-    """Foote's checkerboard along the diagonal of the distance matrix, float64 [N]; windows shrink at both ends."""
-    count = len(features_ND)
-    if count < 2:
-        return np.zeros(count)
-    edge = np.full((window, features_ND.shape[1]), np.nan)
-    padded = np.concatenate([edge, features_ND, edge])
-
-    def distance(i: int, j: int) -> np.ndarray:
-        """Between frame t + i and frame t + j for every t, NaN outside the episode."""
-        difference = padded[window + i : window + i + count] - padded[window + j : window + j + count]
-        return np.sqrt((difference * difference).mean(axis=1))
-
-    def mean_distance(pairs: Iterable[tuple[int, int]]) -> np.ndarray:
-        distances = np.array([distance(i, j) for i, j in pairs]).reshape(-1, count)
-        inside = ~np.isnan(distances)
-        return distances.sum(axis=0, where=inside) / np.maximum(inside.sum(axis=0), 1)
-
-    before, after = range(-window, 0), range(window)
-    across = mean_distance(itertools.product(before, after))
-    within = mean_distance(itertools.combinations(before, 2)) + mean_distance(itertools.combinations(after, 2))
-    return np.maximum(across - within / 2, 0.0)
+def _binomial(values: np.ndarray, axis: int) -> np.ndarray:
+    """Weights 1/4, 1/2, 1/4 along an axis; the border repeats."""
+    last = values.shape[axis] - 1
+    index = np.arange(last + 1)
+    before = values.take(np.maximum(index - 1, 0), axis)
+    after = values.take(np.minimum(index + 1, last), axis)
+    return before / 4 + values / 2 + after / 4

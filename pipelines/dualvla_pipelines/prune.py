@@ -17,7 +17,7 @@ from typing import Any
 from dualvla import config as configs
 from dualvla import console, errors
 from dualvla.io import dataset, manifest, storage
-from dualvla.pruning import MODES, FrameNovelty
+from dualvla.pruning import MODES, FrameDifferences
 from dualvla_pipelines import labelling
 
 # Actors that hold every CPU starve Ray Data's own tasks, and it waits for ever without an error.
@@ -34,7 +34,7 @@ class PruneConfig:
     mode: str = "both"
     seed: int = 0
     strict: bool = False
-    detector: FrameNovelty = field(default_factory=FrameNovelty)
+    detector: FrameDifferences = field(default_factory=FrameDifferences)
 
     def __post_init__(self) -> None:
         if self.mode not in MODES:

@@ -10,11 +10,11 @@ import pytest
 
 from dualvla.errors import DataError
 from dualvla.io.dataset import encode_png, rows_to_table
-from dualvla.pruning import MODES, FrameNovelty, action_labels
+from dualvla.pruning import MODES, FrameDifferences, action_labels
 from dualvla_pipelines.labelling import label_table, tally
 
 MakeRows = Callable[..., list[dict[str, Any]]]
-DETECTOR = FrameNovelty()
+DETECTOR = FrameDifferences()
 
 
 def question(name: str) -> dict[str, Any]:
