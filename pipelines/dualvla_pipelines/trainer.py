@@ -170,7 +170,7 @@ def load_teachers(job: TrainJob) -> Teachers | None:
         return None
     assert job.action_teacher is not None
     assert job.init is not None
-    return Teachers(action=_frozen(job.action_teacher), reasoning=_frozen(job.init))
+    return Teachers.in_process(action=_frozen(job.action_teacher), reasoning=_frozen(job.init))
 
 
 def _frozen(folder: str) -> VLA:
@@ -279,7 +279,7 @@ def _export(
         facts = {
             "stage": job.stage,
             "trained parameters": f"{trained / 1e6:.2f} M",
-            "training": f"{config.steps} steps of {config.batch_size} samples, learning rate {config.lr:g}, seed {job.seed}",
+            "training": f"{config.steps} steps of {config.batch_size} samples, lr {config.lr:g}, seed {job.seed}",
             "data": f"{rows.counts['robot']} robot steps, {rows.counts['multimodal']} questions",
         }
         save_checkpoint(job.out, state, model_config, processor, facts)
