@@ -20,11 +20,12 @@ STAGES: tuple[Stage, ...] = ("specialist", "reasoning", "dual")
 
 @dataclass(frozen=True)
 class CollectConfig:
-    """Demonstrations. episodes: task -> kept demonstrations. qa: training questions (held-out ones come on top)."""
+    """Demonstrations. episodes: task -> kept demonstrations. qa, qa_test: questions to train on, and held out."""
 
     suite: str = "blocks"
     episodes: dict[str, int] = field(default_factory=dict)
     qa: int = 0
+    qa_test: int = 0
 
 
 @dataclass(frozen=True)
@@ -91,12 +92,12 @@ class TrainConfig:
 class EvalConfig:
     """Evaluation of the run's policies. Each dict maps task -> episodes.
 
-    controlled: for `random` and the specialist, and for the controls that the specialist must beat (on its own blank
-    images, on another object's instruction, and the expert sent to a random object). others: for all other policies.
-    videos: filmed rollouts a task and policy.
+    compared: for `random` and the specialist. controls: for what the specialist must beat beside random (itself on
+    blank images and on another object's instruction, and the expert sent to a random object). others: for all other
+    policies. videos: filmed rollouts a task and policy.
     """
 
-    controlled: dict[str, int] = field(default_factory=dict)
+    compared: dict[str, int] = field(default_factory=dict)
     controls: dict[str, int] = field(default_factory=dict)
     others: dict[str, int] = field(default_factory=dict)
     reasoning: str = "auto"
@@ -124,19 +125,21 @@ TASKS = ("touch", "pick", "stack", "move_near", "put_in_bin")
 
 
 def tiny() -> Recipe:
-    """The quickstart: all of DualVLA in under 20 minutes of two CPU cores (budgets in docs/quickstart numbers)."""
+    """The quickstart: all of DualVLA in under 20 minutes of two CPU cores."""
     few = dict.fromkeys(TASKS, 10)
     return Recipe(
         name="tiny",
         model=ModelConfig(backbone_config=tiny_backbone(), proprio_dim=4),
         collect=CollectConfig(
-            episodes={"touch": 1200, "pick": 600, "stack": 100, "move_near": 100, "put_in_bin": 100}, qa=1500
+            episodes={"touch": 1200, "pick": 600, "stack": 100, "move_near": 100, "put_in_bin": 100},
+            qa=1500,
+            qa_test=200,
         ),
         specialist=TrainConfig(steps=1200, use_reasoning=False),
         reasoning=TrainConfig(steps=500),
         dual=TrainConfig(steps=400),
         eval=EvalConfig(
-            controlled={**few, "touch": 100, "pick": 20},
+            compared={**few, "touch": 100, "pick": 20},
             controls={"touch": 100},
             others={**few, "touch": 20, "pick": 20},
         ),
@@ -154,13 +157,15 @@ def tiny_long() -> Recipe:
         short,
         name="tiny-long",
         collect=CollectConfig(
-            episodes={"touch": 3000, "pick": 3000, "stack": 1000, "move_near": 1000, "put_in_bin": 1000}, qa=4000
+            episodes={"touch": 3000, "pick": 3000, "stack": 1000, "move_near": 1000, "put_in_bin": 1000},
+            qa=4000,
+            qa_test=500,
         ),
         specialist=longer(short.specialist),
         reasoning=longer(short.reasoning),
         dual=longer(short.dual),
         eval=EvalConfig(
-            controlled=dict.fromkeys(TASKS, 100), controls={"touch": 100}, others=dict.fromkeys(TASKS, 100), videos=2
+            compared=dict.fromkeys(TASKS, 100), controls={"touch": 100}, others=dict.fromkeys(TASKS, 100), videos=2
         ),
     )
 
@@ -177,11 +182,11 @@ def debug() -> Recipe:
     return dataclasses.replace(
         short,
         name="debug",
-        collect=CollectConfig(episodes={"touch": 4}, qa=8),
+        collect=CollectConfig(episodes={"touch": 4}, qa=8, qa_test=4),
         specialist=two_steps(short.specialist),
         reasoning=two_steps(short.reasoning),
         dual=two_steps(short.dual),
-        eval=EvalConfig(controlled={"touch": 2}, controls={"touch": 1}, others={"touch": 1}),
+        eval=EvalConfig(compared={"touch": 2}, controls={"touch": 1}, others={"touch": 1}),
     )
 
 
