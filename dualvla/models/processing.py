@@ -174,15 +174,11 @@ class Processor:
 
     def replies(self, texts: Sequence[Sequence[int]]) -> Batch:
         """Token ids of reasoning or answers as text_ids and text_mask [B, T], padded on the right."""
-        width = max((len(t) for t in texts), default=0)
-        return {
-            "text_ids": torch.tensor([[*t, *[self.pad_id] * (width - len(t))] for t in texts])
-            .reshape(-1, width)
-            .long(),
-            "text_mask": torch.tensor([[True] * len(t) + [False] * (width - len(t)) for t in texts])
-            .reshape(-1, width)
-            .bool(),
-        }
+        lengths = torch.tensor([len(t) for t in texts])
+        mask = torch.arange(int(lengths.max())) < lengths.unsqueeze(1)
+        ids = torch.full(mask.shape, self.pad_id)
+        ids[mask] = torch.tensor([i for t in texts for i in t], dtype=torch.long)
+        return {"text_ids": ids, "text_mask": mask}
 
     def collate(self, samples: Sequence[Sample], seed: int, step: int, train: bool = True) -> Batch:
         """One training batch; every tensor has leading dimension B = len(samples).

@@ -166,7 +166,8 @@ class VLA(nn.Module):
 
     def _velocity(self, encoded: Encoded, batch: Batch) -> Tensor:
         dtype = encoded.latents.dtype
-        noisy = interpolate(batch["actions"].unsqueeze(1), batch["noise"], batch["tau"]).to(dtype)
+        known = batch["actions"] * batch["action_mask"].unsqueeze(-1)  # what lies past the episode's end tells nothing
+        noisy = interpolate(known.unsqueeze(1), batch["noise"], batch["tau"]).to(dtype)
         return self.head(
             encoded.latents, self._proprio(batch), self._vision(encoded.image), noisy, batch["tau"].to(dtype)
         )

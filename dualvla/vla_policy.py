@@ -1,0 +1,183 @@
+"""A checkpoint as a `Policy`: think if it wants to, then act. Also answers questions about pictures.
+
+Greedy text until the first action query (KV cache, whole batch at once), all queries in one pass, Euler steps. What a session
+remembers is its last text and how old it is; `reset` drops it. Actions depend on the observation, the session's name and the
+step only, never on the batch they were computed in. Knows no environment and no network.
+"""
+
+from __future__ import annotations
+
+import time
+import zlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from dualvla.errors import PolicyError, UsageError
+from dualvla.models.checkpoint import load_model
+from dualvla.models.config import ModelConfig
+from dualvla.models.processing import Batch, Processor
+from dualvla.models.vla import VLA, Prefix
+from dualvla.schema import Observation, PolicyReply, PolicySpec
+
+
+@dataclass(frozen=True)
+class PolicyOptions:
+    """reasoning: "auto" (the model decides at every query), "never", or "every:K" (asked to think every K control steps; in
+    between the last text stays in the prompt). noise_scale scales the noise that Euler starts from; 0 starts from the mean."""
+
+    reasoning: str = "auto"
+    noise_scale: float = 1.0
+    euler_steps: int | None = None  # None: the checkpoint's
+    execute_steps: int | None = None  # None: the checkpoint's
+    device: str = "cpu"
+
+    @property
+    def every(self) -> int | None:
+        """K of "every:K", else None. Raises: UsageError."""
+        if self.reasoning in ("auto", "never"):
+            return None
+        mode, _, steps = self.reasoning.partition(":")
+        if mode != "every" or not steps.isdecimal() or int(steps) < 1:
+            raise UsageError(f"Reasoning '{self.reasoning}' does not exist.", "choose auto, never or every:K (K >= 1)")
+        return int(steps)
+
+
+@dataclass
+class Thought:
+    """A session's last text, as token ids, and the control step it was generated at."""
+
+    ids: list[int]
+    step: int
+
+
+class VLAPolicy:
+    """Implements `dualvla.policy.Policy`."""
+
+    def __init__(self, model: VLA, processor: Processor, config: ModelConfig, options: PolicyOptions = PolicyOptions()):
+        self.model = model.eval().to(options.device)
+        self.processor = processor
+        self.config = config
+        self.options = options
+        self.spec = PolicySpec(
+            action_space=config.action_space,
+            control_hz=config.control_hz,
+            cameras=config.cameras,
+            kind=config.kind,
+            horizon=config.horizon,
+            execute_steps=options.execute_steps or config.execute_steps,
+        )
+        self._every = options.every
+        self._thoughts: dict[str, Thought] = {}
+
+    @classmethod
+    def from_pretrained(cls, folder: str, *, options: PolicyOptions = PolicyOptions()) -> VLAPolicy:
+        """Raises: CheckpointError."""
+        return cls(*load_model(folder), options)
+
+    @torch.inference_mode()
+    def infer(self, observations: Sequence[Observation], sessions: Sequence[str]) -> list[PolicyReply]:
+        """One reply an observation. Raises: PolicyError if the actions are not finite; DataError for a misfit observation."""
+        if not observations:
+            return []
+        started = time.perf_counter()
+        batch = self._batch(observations, ["robot"] * len(observations))
+        prefix = self.model.read_prompt(batch)
+        due = [self._thinks(o, s) for o, s in zip(observations, sessions, strict=True)]
+        texts = [self._kept(s) if not d else [] for d, s in zip(due, sessions, strict=True)]
+        generated = self._generate(prefix, texts, due, self.processor.act_id)
+        thought = time.perf_counter()
+        for i, (observation, session) in enumerate(zip(observations, sessions, strict=True)):
+            if due[i]:
+                texts[i] = generated[i]
+                self._thoughts[session] = Thought(generated[i], observation.step)
+        noise = torch.stack([self._noise(o, s) for o, s in zip(observations, sessions, strict=True)])
+        steps = self.options.euler_steps or self.config.head.euler_steps
+        chunk = self.model.act(prefix, batch, noise, steps).float().cpu().numpy()
+        if not np.isfinite(chunk).all():
+            raise PolicyError("The policy's actions are not finite.", "check the checkpoint's training losses")
+        acted = time.perf_counter()
+        timing = {"think_ms": 1e3 * (thought - started), "act_ms": 1e3 * (acted - thought)}
+        return [
+            PolicyReply(
+                actions=self.processor.action.restore(chunk[i]),
+                reasoning=self.processor.decode(texts[i]) if texts[i] else None,
+                keyframe=bool(generated[i]),
+                reasoning_tokens=len(generated[i]),
+                timing=timing,
+                id=observation.id,
+            )
+            for i, observation in enumerate(observations)
+        ]
+
+    def reset(self, session: str) -> None:
+        self._thoughts.pop(session, None)
+
+    @torch.inference_mode()
+    def answer(self, observations: Sequence[Observation]) -> list[str]:
+        """The greedy answer to the question in each observation's `instruction`. Keeps no state."""
+        if not observations:
+            return []
+        batch = self._batch(observations, ["multimodal"] * len(observations))
+        prefix = self.model.read_prompt(batch)
+        everyone = [True] * len(observations)
+        ids = self._generate(prefix, [[] for _ in observations], everyone, self.processor.eos_id)
+        return [self.processor.decode(i) for i in ids]
+
+    def _batch(self, observations: Sequence[Observation], domains: Sequence[str]) -> Batch:
+        batch = self.processor.prompts(
+            [o.images for o in observations],
+            [o.instruction for o in observations],
+            domains,
+            [o.proprio if d == "robot" else None for o, d in zip(observations, domains, strict=True)],
+        )
+        return {name: tensor.to(self.options.device) for name, tensor in batch.items()}
+
+    def _thinks(self, observation: Observation, session: str) -> bool:
+        """Whether the model is asked at this step (with "auto" it may still answer with no text)."""
+        if self.config.kind == "specialist" or self.options.reasoning == "never":
+            return False
+        if self._every is None:
+            return True
+        last = self._thoughts.get(session)
+        return last is None or observation.step - last.step >= self._every or observation.step < last.step
+
+    def _kept(self, session: str) -> list[int]:
+        """The text to put back into the prompt between two thoughts."""
+        return self._thoughts[session].ids if self._every is not None and session in self._thoughts else []
+
+    def _generate(
+        self, prefix: Prefix, given: Sequence[list[int]], asked: Sequence[bool], end_id: int
+    ) -> list[list[int]]:
+        """Greedy tokens until `end_id` for the rows that are asked; the others read their `given` text. Extends `prefix`.
+
+        Either end token ends a text: ACT inside an answer, or EOS inside reasoning, would be no text.
+        """
+        number = len(asked)
+        texts: list[list[int]] = [[] for _ in range(number)]
+        device = prefix.logits.device
+        width = max((len(g) for g in given), default=0)
+        if width:
+            replies = self.processor.replies(list(given))
+            self.model.read_text(prefix, replies["text_ids"].to(device), replies["text_mask"].to(device))
+        stops = {end_id, self.processor.eos_id, self.processor.act_id, self.processor.pad_id}
+        logits, open_rows = prefix.logits, list(asked)
+        for _ in range(self.config.max_text_tokens):
+            tokens = logits[:, : self.processor.vocab_size].argmax(dim=-1).tolist()
+            open_rows = [o and t not in stops for o, t in zip(open_rows, tokens, strict=True)]
+            if not any(open_rows):
+                break
+            for row in range(number):
+                if open_rows[row]:
+                    texts[row].append(tokens[row])
+            ids = torch.tensor([[t if o else self.processor.pad_id] for t, o in zip(tokens, open_rows, strict=True)])
+            mask = torch.tensor(open_rows).unsqueeze(1)
+            logits = self.model.read_text(prefix, ids.to(device), mask.to(device))[:, -1]
+        return texts
+
+    def _noise(self, observation: Observation, session: str) -> torch.Tensor:
+        rng = np.random.default_rng([zlib.crc32(session.encode()), observation.step])
+        noise = rng.standard_normal((self.config.horizon, self.config.actions.size), dtype=np.float32)
+        return torch.from_numpy(self.options.noise_scale * noise).to(self.options.device)
