@@ -96,13 +96,16 @@ def observation_from_wire(message: Any) -> Observation:
     )
 
 
-def check_fits(observation: Observation, spec: PolicySpec) -> None:
-    """Raises: WireError if the policy needs a camera that the observation lacks."""
+def check_fits(observation: Observation, spec: PolicySpec, example: Observation) -> None:
+    """Raises: WireError if it lacks a camera of the policy, or its proprio is not of the example's size."""
     missing = [name for name in spec.cameras if name not in observation.images]
     if missing:
         raise WireError(
             f"The policy sees cameras {list(spec.cameras)}; missing: {missing}.", f"send 'images/{missing[0]}'"
         )
+    size, wanted = (0 if o.proprio is None else o.proprio.size for o in (observation, example))
+    if wanted and size != wanted:
+        raise WireError(f"The policy needs {wanted} numbers of proprioception, not {size}.", "send 'observation/state'")
 
 
 def reply_to_wire(reply: PolicyReply, server_timing_ms: Mapping[str, float]) -> dict[str, Any]:

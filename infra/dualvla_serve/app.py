@@ -178,10 +178,7 @@ class Connections:
 
 
 class HttpSessions:
-    """Sessions of HTTP requests, named by a header; the least recently used are forgotten beyond a fixed number.
-
-    They are kept apart from the sessions of connections, which may bear the same names.
-    """
+    """Sessions of HTTP requests, named by a header; the least recently used are forgotten beyond a fixed number."""
 
     def __init__(self, backend: Backend):
         self._backend = backend
@@ -198,7 +195,7 @@ class HttpSessions:
             finally:
                 await self._backend.reset(session)
             return
-        session = self._named(name)
+        session = messages.session_name(name)
         self._recent[session] = None
         self._recent.move_to_end(session)
         while len(self._recent) > _MOST_HTTP_SESSIONS:
@@ -207,12 +204,9 @@ class HttpSessions:
         yield session
 
     async def drop(self, request: Request) -> None:
-        session = self._named(request.headers.get(messages.SESSION_HEADER, ""))
+        session = messages.session_name(request.headers.get(messages.SESSION_HEADER, ""))
         self._recent.pop(session, None)
         await self._backend.reset(session)
-
-    def _named(self, name: str) -> str:
-        return "http:" + messages.session_name(name)
 
 
 async def _read(request: Request, limits: WireLimits) -> bytes:

@@ -25,7 +25,7 @@ from dualvla.errors import DualVLAError, PlatformError, PolicyError, ServerError
 from dualvla.schema import Observation, PolicyReply, PolicySpec
 from dualvla.wire.openpi import WireLimits
 from dualvla_serve.app import create_app
-from dualvla_serve.backend import PolicyRunner, PolicySource
+from dualvla_serve.backend import LoadPolicy, PolicyRunner
 from dualvla_serve.gate import LOCAL_HOSTS
 from dualvla_serve.keys import KeyRing
 
@@ -38,8 +38,7 @@ _ROUTER = "ray.serve.experimental.consistent_hash_router.ConsistentHashRouter"
 class EndpointConfig:
     """One endpoint. Without keys, `host` must be this machine's own address.
 
-    max_batch_size: observations per call of the policy. A batch is whatever waited while the one before was worked on:
-    a lone client never waits for company. *_per_replica: what Ray reserves, fractions allowed.
+    max_batch_size: observations per call of the policy. *_per_replica: what Ray reserves, fractions allowed.
     """
 
     name: str = "dualvla"
@@ -106,26 +105,17 @@ def _translated() -> Iterator[None]:
     ),
 )
 class Model:
-    def __init__(self, source: PolicySource, max_batch_size: int):
-        self._runner = PolicyRunner(source)
-        self._batch.set_max_batch_size(max_batch_size)  # type: ignore[attr-defined]  # of the decorator
+    def __init__(self, load: LoadPolicy, max_batch_size: int):
+        self._runner = PolicyRunner(load, max_batch_size)
 
     async def describe(self) -> PolicySpec:
-        return self._runner.spec()
+        return await self._runner.describe()
 
     async def infer(self, observation: Observation, session: str) -> PolicyReply:
-        self._runner.check(observation)
-        outcome = await self._batch(observation, session)
-        if isinstance(outcome, PolicyError):
-            raise outcome
-        return outcome
+        return await self._runner.infer(observation, session)
 
     async def reset(self, session: str) -> None:
         await self._runner.reset(session)
-
-    @serve.batch(batch_wait_timeout_s=0.0)
-    async def _batch(self, observations: list[Observation], sessions: list[str]) -> list[PolicyReply | PolicyError]:
-        return await self._runner.run(observations, sessions)
 
 
 @serve.deployment(max_ongoing_requests=_MOST_CONNECTIONS, graceful_shutdown_timeout_s=2.0)
@@ -140,17 +130,17 @@ class Ingress:
         return create_app(backend, self._config.ring, self._config.limits)
 
 
-def build(source: PolicySource, config: EndpointConfig) -> serve.Application:
+def build(load: LoadPolicy, config: EndpointConfig) -> serve.Application:
     model = Model.options(
         num_replicas=config.replicas,
         ray_actor_options={"num_cpus": config.cpus_per_replica, "num_gpus": config.gpus_per_replica},
-    ).bind(source, config.max_batch_size)
+    ).bind(load, config.max_batch_size)
     ingress = Ingress.options(ray_actor_options={"num_cpus": 0.1})
     return ingress.bind(model, config)
 
 
 @contextlib.contextmanager
-def running(source: PolicySource, config: EndpointConfig) -> Iterator[str]:
+def running(load: LoadPolicy, config: EndpointConfig) -> Iterator[str]:
     """Serves on the connected Ray cluster while the context lasts; yields the URL once the policy is warm.
 
     Raises: PlatformError if the port is taken; PolicyError if the policy does not load or warm up.
@@ -161,7 +151,7 @@ def running(source: PolicySource, config: EndpointConfig) -> Iterator[str]:
     http = HTTPOptions(host=config.host, port=port, request_timeout_s=None)
     serve.start(http_options=http, logging_config=quiet)
     try:
-        serve.run(build(source, config), name=config.name, route_prefix="/", logging_config=quiet)
+        serve.run(build(load, config), name=config.name, route_prefix="/", logging_config=quiet)
     except RuntimeError as error:
         _stop(config.name)
         raise PolicyError(f"The endpoint did not start: {error}") from error

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import uuid
 
-from dualvla.errors import DualVLAError, PolicyError, WireError
+from dualvla.errors import DualVLAError, ServerError, WireError
 from dualvla.wire.messages import Failure
 
 log = logging.getLogger("dualvla.serve")
@@ -23,11 +23,9 @@ def failure_of(error: DualVLAError, where: str) -> Failure:
         failure = new_failure("bad_request", str(error))
         log.info("error %s (%s): %s", failure.id, where, error)
         return failure
-    if isinstance(error, PolicyError):
-        failure = new_failure("failed", "the policy failed on this observation")
-    else:
+    if isinstance(error, ServerError):
         failure = new_failure("unavailable", "the policy is not available, try again")
-    # The cause is Ray's: its text is the traceback of the replica. One of this side would only show asyncio.
-    cause = f"\n{error.__cause__}" if error.__cause__ else ""
-    log.error("error %s (%s): %s%s", failure.id, where, error, cause)
+    else:
+        failure = new_failure("failed", "the policy failed on this observation")
+    log.error("error %s (%s): %s", failure.id, where, error)
     return failure

@@ -47,11 +47,12 @@ def head() -> Iterator[Head]:
     }
     command = [str(Path(sys.executable).with_name("ray")), "start", "--head", "--block"]
     command += [f"--{name}={value}" for name, value in options.items()]
-    log = Path(folder, "head.log").open("wb")
-    process = subprocess.Popen(command, env=env, stdout=log, stderr=subprocess.STDOUT, start_new_session=True)
+    log = Path(folder, "head.log")
+    with log.open("wb") as output:
+        process = subprocess.Popen(command, env=env, stdout=output, stderr=subprocess.STDOUT, start_new_session=True)
     address = f"http://127.0.0.1:{dashboard}"
     try:
-        _wait_for(address, process, Path(folder, "head.log"))
+        _wait_for(address, process, log)
         yield Head(address, env)
     finally:
         process.send_signal(signal.SIGTERM)
@@ -60,7 +61,6 @@ def head() -> Iterator[Head]:
         except subprocess.TimeoutExpired:
             os.killpg(process.pid, signal.SIGKILL)
             process.wait()
-        log.close()
         shutil.rmtree(folder, ignore_errors=True)
 
 

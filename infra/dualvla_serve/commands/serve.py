@@ -8,6 +8,7 @@ import logging
 import signal
 import threading
 from collections.abc import Mapping
+from functools import partial
 from typing import Any
 
 from dualvla.cli import Command
@@ -26,7 +27,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> dict[str, Any]:
     from dualvla.models.checkpoint import load_config
     from dualvla_cluster.connect import connect
-    from dualvla_serve.backend import PolicySource
+    from dualvla_serve import checkpoint
     from dualvla_serve.deploy import EndpointConfig, running
     from dualvla_serve.keys import read_keys
 
@@ -34,7 +35,7 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
     ring = read_keys(arguments.keys_file) if arguments.keys_file else None
     config = EndpointConfig(host=arguments.host, port=arguments.port, ring=ring, replicas=arguments.replicas)
     connect(num_cpus=config.replicas + 2)
-    with running(PolicySource(arguments.checkpoint), config) as address:
+    with running(partial(checkpoint.load, arguments.checkpoint), config) as address:
         endpoint = {"websocket": f"ws://{address}", "http": f"http://{address}/v1/infer"}
         print(json.dumps(endpoint) if arguments.json else _announcement(endpoint), flush=True)
         _wait_for_signal()
