@@ -92,9 +92,8 @@ class TrainConfig:
 class EvalConfig:
     """Evaluation of the run's policies. Each dict maps task -> episodes.
 
-    compared: for `random` and the specialist. controls: for what the specialist must beat beside random (itself on
-    blank images and on another object's instruction, and the expert sent to a random object). others: for all other
-    policies. videos: filmed rollouts a task and policy.
+    compared: for the specialist, `random`, and the expert sent to a random object. controls: for the specialist on
+    blank images and on another object's instruction. others: for all other policies. videos: filmed rollouts of each.
     """
 
     compared: dict[str, int] = field(default_factory=dict)

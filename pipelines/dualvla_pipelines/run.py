@@ -134,11 +134,10 @@ def _evaluations(config: EvalConfig, at: Callable[..., str]) -> dict[str, tuple[
 
     specialist, videos = ["specialist"], config.videos
     return {
-        "compared": options(["random", *specialist], config.compared, videos),
+        "compared": options(["random", *specialist, "expert-random-object"], config.compared, videos),
         "others": options(["expert", "reasoning", "dual"], config.others, videos),
         "blank-images": options(specialist, config.controls, 0, "--ablation", "blank-images"),
         "other-instruction": options(specialist, config.controls, 0, "--ablation", "other-instruction"),
-        "random-object": options(["expert-random-object"], config.controls, 0),
     }
 
 
@@ -184,11 +183,8 @@ def policies(results: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, An
 
 def controls(results: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
     """What the specialist must beat: control -> success per task."""
-    return {
-        name: found["tasks"]
-        for folder in ("blank-images", "other-instruction", "random-object")
-        for name, found in results[f"eval {folder}"]["policies"].items()
-    }
+    found = [results[f"eval {folder}"]["policies"] for folder in ("compared", "blank-images", "other-instruction")]
+    return {name: p["tasks"] for group in found for name, p in group.items() if name not in _POLICIES}
 
 
 def render(result: Mapping[str, Any]) -> str:
