@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import hashlib
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -81,7 +81,7 @@ def label_table(
     action = _action_labels(table, runs, fit)
 
     keep = np.ones(len(table), dtype=bool)
-    for run in np.flatnonzero(fit & runs.is_robot):
+    for run in np.flatnonzero(fit & runs.is_robot).tolist():
         rows = runs.rows(run)
         keep[rows] = combine(scene[rows], action[rows], mode, _episode_seed(seed, runs.ids[run]))
 
@@ -135,7 +135,7 @@ def tally(good: pa.Table, bad: pa.Table | None) -> dict[str, Any]:
     }
 
 
-def merge(tallies: list[Mapping[str, Any]]) -> dict[str, Any]:
+def merge(tallies: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     """The sum of several `tally` results, keys sorted."""
     reasons: Counter[str] = Counter()
     tasks: dict[str, Counter[str]] = {}
