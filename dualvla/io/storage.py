@@ -97,3 +97,15 @@ def list_files(folder: str | os.PathLike[str], suffix: str = "") -> list[str]:
         fs, path = _filesystem(folder)
         names = [p.rsplit("/", 1)[-1] for p in fs.ls(path, detail=False)] if fs.exists(path) else []
     return [join(folder, n) for n in sorted(names) if n.endswith(suffix) and not n.startswith(".")]
+
+
+def list_folders(folder: str | os.PathLike[str]) -> list[str]:
+    """Sorted URLs of the folders directly in `folder`; empty if there is none. Skips hidden ones."""
+    folder = os.fspath(folder)
+    if is_local(folder):
+        names = [p.name for p in Path(folder).iterdir() if p.is_dir()] if Path(folder).is_dir() else []
+    else:
+        fs, path = _filesystem(folder)
+        entries = fs.ls(path, detail=True) if fs.exists(path) else []
+        names = [e["name"].rstrip("/").rsplit("/", 1)[-1] for e in entries if e["type"] == "directory"]
+    return [join(folder, n) for n in sorted(names) if not n.startswith(".")]

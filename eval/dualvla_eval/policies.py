@@ -47,6 +47,11 @@ class PolicyRef:
         return self.source in BUILT_IN
 
     @property
+    def control(self) -> bool:
+        """A control experiment, to be read beside the policies and not among them."""
+        return self.ablation != "none" or self.source == "expert-random-object"
+
+    @property
     def remote(self) -> bool:
         return self.source.startswith(_REMOTE)
 

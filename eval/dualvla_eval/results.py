@@ -191,7 +191,7 @@ def write_rows(url: str, rows: Sequence[Mapping[str, Any]], schema: pa.Schema) -
 
 
 def write_json(url: str, value: Mapping[str, Any]) -> None:
-    storage.write_bytes(url, (json.dumps(value, indent=2, sort_keys=True) + "\n").encode())
+    storage.write_bytes(url, (json.dumps(value, indent=2) + "\n").encode())
 
 
 def read_json(url: str) -> dict[str, Any]:

@@ -145,7 +145,7 @@ def _scaled(value: float | None) -> float:
 
 
 def summarise(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """Policy -> score (mean over judged trajectories x 100, bootstrap interval), parts, counts; and the same by task."""
+    """Policy -> score (mean over judged trajectories x 100, bootstrap interval), parts, counts; the same by task."""
     policies: dict[str, Any] = {}
     for name in dict.fromkeys(r["policy"] for r in rows):
         own = [r for r in rows if r["policy"] == name]

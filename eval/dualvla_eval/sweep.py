@@ -188,6 +188,7 @@ def summarise(
     }
     return {
         "suite": suite.name,
+        "control_hz": suite.control_hz,
         "tasks": flat_tasks({name: p["tasks"] for name, p in per_policy.items()}),
         "policies": per_policy,
         "termination_rule": suite.termination_rule,
@@ -217,6 +218,7 @@ def _summarise_policy(ref: PolicyRef, config: SweepConfig, rows: Sequence[Mappin
     return {
         "source": "built-in" if ref.built_in else "endpoint" if ref.remote else "checkpoint",
         "ablation": ref.ablation,
+        "control": ref.control,
         "kind": kinds.pop() if kinds else "unknown",
         "tasks": tasks,
         "means": {
