@@ -1,8 +1,8 @@
 """Data sets of demonstrations by scripted experts, with noise and recoveries, and of questions about scenes.
 
-The work is cut into parts of a fixed number of episodes; a part is a pure function of its name and the configuration, is
-made by one actor, and becomes one file. So neither the number of workers nor a kill changes a byte. Knows the suite, the
-experts and the data set format; nothing of policies.
+The work is cut into parts of a fixed number of episodes; a part is a pure function of its name and the configuration,
+is made by one actor, and becomes one file. So neither the number of workers nor a kill changes a byte. Knows the suite,
+the experts and the data set format; nothing of policies.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
-"""Scripted experts for suite `blocks`: closed loop on the privileged state, with the reasoning that goes with each step.
+"""Scripted experts for suite `blocks`: closed loop on the privileged state, with the reasoning behind each step.
 
-An expert looks at the state alone to know what comes next, so that it recovers by itself from anything that noise does to
-it. Knows the simulator's state, never its engine.
+An expert looks at the state alone to know what comes next, so that it recovers by itself from anything that noise does
+to it. Knows the simulator's state, never its engine.
 """
 
 from __future__ import annotations

@@ -1,7 +1,8 @@
 """The multimodal domain of suite `blocks`: one question about one picture of a scene, with a short answer.
 
-Four kinds, named by the row's `task`: colour, count, spatial relation (in the picture), and what the robot holds. Answers
-of one kind are drawn about equally often. Scenes of the splits are disjoint from each other and from every episode.
+Four kinds, named by the row's `task`: colour, count, spatial relation (in the picture), and what the robot has picked
+up. Answers of one kind are about equally frequent. Scenes of the splits are disjoint from each other and from every
+episode.
 """
 
 from __future__ import annotations
@@ -90,7 +91,7 @@ def _ask_held(env: SimEnv, rng: np.random.Generator) -> tuple[str, str, np.ndarr
     steps = _MAX_GRASP_STEPS if lifts else int(rng.integers(0, 8))
     expert = Expert(env, rng)
     for _ in range(steps):
-        obs, _, terminated, _, info = env.step(expert.act().action)
+        obs, _, terminated, _, _ = env.step(expert.act().action)
         image = obs["images"]["main"]
         if terminated:
             break

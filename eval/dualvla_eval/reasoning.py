@@ -24,7 +24,9 @@ LINKS = ("to", "on", "near", "in")
 
 _STILL_M = 0.002
 _TEXT = re.compile(r"plan: (?P<plan>.+?)\. subtask: (?P<subtask>.+?)\. move: (?P<move>[a-z ]+)\.?")
-_STEP = re.compile(rf"(?P<verb>{'|'.join(VERBS)}) (?P<object>[a-z ]+?)(?: (?P<link>{'|'.join(LINKS)}) (?P<second>[a-z ]+))?")
+_STEP = re.compile(
+    rf"(?P<verb>{'|'.join(VERBS)}) (?P<object>[a-z ]+?)(?: (?P<link>{'|'.join(LINKS)}) (?P<second>[a-z ]+))?"
+)
 
 
 @dataclass(frozen=True)

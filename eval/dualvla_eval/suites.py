@@ -119,7 +119,7 @@ def _blocks() -> Suite:
         control_hz=5.0,
         cameras=("main",),
         make_env=_make_blocks_env,
-        termination_rule="an episode ends at the first step with success, at a failure that cannot be undone, or at max_steps",
+        termination_rule="ends at the first step with success, at a failure that cannot be undone, or at max_steps",
         conventions={
             "frame": "positions in m in the base frame of the robot: x away from it, y to its left, z up",
             "translation": "relative to the current tool position, at most 0.03 m a step",

@@ -86,4 +86,4 @@ def _render(result: Mapping[str, Any]) -> str:
     return table(title, ["source", "rows", "failed attempts"], rows)
 
 
-COMMAND = Command("demonstrations by scripted experts, with reasoning, and questions about scenes", _configure, _run, _render)
+COMMAND = Command("make demonstrations by scripted experts, and questions about scenes", _configure, _run, _render)

@@ -25,10 +25,10 @@ class ObjectState:
     name: str
     shape: str
     color: str | None
-    position: tuple[float, float, float]
-    initial_position: tuple[float, float, float]
+    position: tuple[float, ...]
+    initial_position: tuple[float, ...]
     yaw_rad: float
-    size: tuple[float, float, float]
+    size: tuple[float, ...]
 
     @property
     def lifted_m(self) -> float:
@@ -45,10 +45,11 @@ class ObjectState:
 class SceneState:
     """Everything a judge or a scripted expert may know; a policy never sees it.
 
-    step: control steps since reset. ee_pose: [6] m and extrinsic XYZ Euler rad of the tool centre point. gripper: opening,
-    0 closed to 1 open. contacts: pairs of names touching at the end of the step, sorted; every robot link is "robot",
-    the table is "table". held: object between both fingers of a closing gripper. touched: objects the robot has touched,
-    in the order of the first contact, also between control steps. still: no object moved over the last step.
+    target: the object the instruction names first; reference: the second one, if any. step: control steps since reset.
+    ee_pose: [6] m and extrinsic XYZ Euler rad of the tool centre point. gripper: opening, 0 closed to 1 open. contacts:
+    pairs of names touching at the end of the step, sorted; every robot link is "robot", the table is "table". held: the
+    object between both fingers of a closing gripper. touched: objects the robot has touched so far, in the order of the
+    first contact. still: no object moved over the last step.
     """
 
     task: str
@@ -79,9 +80,9 @@ class SceneState:
 class SimEnv(Protocol):
     """A `gymnasium.Env` that also shows its privileged state.
 
-    observation: {"images": {camera: uint8 [H, W, 3]}, "instruction": str, "proprio": float32 [P], "ee_pose": float64 [6],
-    "gripper": float64 [1]}. info: {"success": bool, "failure": str | None, "events": list[str]}, the events of this step
-    as "kind:object". `terminated` means success, or a failure that cannot be undone.
+    observation: {"images": {camera: uint8 [H, W, 3]}, "instruction": str, "proprio": float32 [P], "ee_pose": float64
+    [6], "gripper": float64 [1]}. info: {"success": bool, "failure": str | None, "events": list[str]}; events are those
+    of this step, as "kind:object". `terminated` means success, or a failure that cannot be undone.
     """
 
     def reset(

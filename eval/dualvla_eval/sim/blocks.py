@@ -1,13 +1,15 @@
 """Suite `blocks` in SAPIEN: a Panda arm, coloured blocks, one camera, 5 Hz. Knows tasks; nothing of policies or files.
 
-Raw SAPIEN rather than mani_skill's BaseEnv, whose step costs 20 to 38 ms: here it is about 2. Every reset builds its scene
-from nothing (8 ms), so that an episode depends on its seed alone and never on the episodes before it, to the last bit.
+Raw SAPIEN rather than mani_skill's BaseEnv, whose step costs ten times as much (benchmarks/blocks_env.py). Every reset
+builds its scene from nothing (8 ms), so that an episode depends on its seed alone and never on the episodes before it,
+to the last bit.
 """
 
 from __future__ import annotations
 
 import os
 import string
+from importlib import resources
 from typing import Any
 
 import gymnasium
@@ -16,7 +18,7 @@ import sapien
 
 from dualvla.errors import PlatformError, PolicyError
 from dualvla_eval.sim.base import ObjectState, SceneState
-from dualvla_eval.sim.panda import ACTION_SIZE, Panda, material
+from dualvla_eval.sim.panda import ACTION_SIZE, MAX_STEP_M, Panda, material
 from dualvla_eval.suites import Episode
 from dualvla_eval.tasks.blocks import BIN, BIN_WALL_M, COLORS, Layout, ObjectSpec, get_task, sample_layout
 
@@ -51,18 +53,18 @@ class BlocksEnv(gymnasium.Env):
 
     def __init__(self, image_size: int = IMAGE_SIZE):
         self._image_size = image_size
-        pixels = gymnasium.spaces.Box(0, 255, (image_size, image_size, 3), np.uint8)
+        box = gymnasium.spaces.Box
         self.observation_space = gymnasium.spaces.Dict(
             {
-                "images": gymnasium.spaces.Dict({"main": pixels}),
+                "images": gymnasium.spaces.Dict({"main": box(0, 255, (image_size, image_size, 3), np.uint8)}),
                 "instruction": gymnasium.spaces.Text(200, charset=string.ascii_lowercase + " "),
-                "proprio": gymnasium.spaces.Box(-np.inf, np.inf, (PROPRIO_SIZE,), np.float32),
-                "ee_pose": gymnasium.spaces.Box(-np.inf, np.inf, (6,), np.float64),
-                "gripper": gymnasium.spaces.Box(0, 1, (1,), np.float64),
+                "proprio": box(-1, 1, (PROPRIO_SIZE,), np.float32),
+                "ee_pose": box(-2 * np.pi, 2 * np.pi, (6,), np.float64),
+                "gripper": box(0, 1, (1,), np.float64),
             }
         )
-        self.action_space = gymnasium.spaces.Box(-np.inf, np.inf, (ACTION_SIZE,), np.float64)
-        _configure_engine()
+        bound = np.array([MAX_STEP_M] * 3 + [np.pi] * 3)
+        self.action_space = box(np.append(-bound, 0.0), np.append(bound, 1.0), (ACTION_SIZE,), np.float64)
         self._scene: sapien.Scene | None = None
 
     def reset(
@@ -81,6 +83,7 @@ class BlocksEnv(gymnasium.Env):
         self._build_scene(self._layout)
         self._step = 0
         self._touched: list[str] = []
+        self._initial_positions: dict[str, tuple[float, ...]] = {}
         self._success, self._failure = False, None
         self._advance(_SUBSTEPS)  # the blocks settle
         self._state = self._read_state(previous=None)
@@ -90,7 +93,7 @@ class BlocksEnv(gymnasium.Env):
         """May be called after success too: a demonstration goes a little deeper than the test asks."""
         action = np.asarray(action, dtype=np.float64)
         if action.shape != (ACTION_SIZE,) or not np.isfinite(action).all():
-            raise PolicyError(f"The action {action} is not {ACTION_SIZE} finite numbers.", "see the suite's action space")
+            raise PolicyError(f"The action {action} is not {ACTION_SIZE} finite numbers.", "see its action space")
         self._robot.command(action)
         self._advance(_SUBSTEPS)
         self._step += 1
@@ -132,6 +135,7 @@ class BlocksEnv(gymnasium.Env):
     # --- the scene ----------------------------------------------------------------------------------------------------
 
     def _build_scene(self, layout: Layout) -> None:
+        _configure_engine()
         try:
             scene = sapien.Scene([sapien.physx.PhysxCpuSystem(), sapien.render.RenderSystem()])
         except RuntimeError as error:
@@ -143,7 +147,7 @@ class BlocksEnv(gymnasium.Env):
         table.add_box_collision(sapien.Pose([0.5, 0, -0.05]), _TABLE_HALF_M)
         table.add_box_visual(sapien.Pose([0.5, 0, -0.05]), _TABLE_HALF_M, material(_TABLE_COLOR))
         self._names = {table.build_static("table"): "table"}
-        self._objects = {}
+        self._objects: dict[str, sapien.Entity] = {}
         for spec in layout.objects:
             entity = _add_bin(scene, spec) if spec.name == BIN else _add_block(scene, spec)
             self._objects[spec.name] = entity
@@ -160,10 +164,11 @@ class BlocksEnv(gymnasium.Env):
             self._scene.step()
             if i % _CONTACT_EVERY == 0:
                 self._pairs, self._finger_pairs = self._contacts()
-                for a, b in self._pairs:
-                    other = {a, b} - {"robot"}
-                    if len(other) == 1 and "robot" in (a, b):
-                        self._touched += [o for o in other - {"table", BIN} if o not in self._touched]
+                for pair in sorted(self._pairs):  # sorted: the order of a set of strings differs between processes
+                    if "robot" in pair:
+                        (other,) = set(pair) - {"robot"}
+                        if other not in ("table", BIN, *self._touched):
+                            self._touched.append(other)
 
     def _contacts(self) -> tuple[frozenset[tuple[str, str]], set[tuple[int, str]]]:
         """Pairs of touching names, and (finger, name) for both fingers."""
@@ -181,20 +186,7 @@ class BlocksEnv(gymnasium.Env):
         return frozenset(pairs), fingers
 
     def _read_state(self, previous: SceneState | None) -> SceneState:
-        objects = tuple(
-            ObjectState(
-                name=spec.name,
-                shape=spec.shape,
-                color=spec.color,
-                position=_floats(self._objects[spec.name].pose.p),
-                initial_position=previous.objects[i].initial_position
-                if previous
-                else _floats(self._objects[spec.name].pose.p),
-                yaw_rad=_yaw(self._objects[spec.name].pose.q),
-                size=spec.size,
-            )
-            for i, spec in enumerate(self._layout.objects)
-        )
+        objects = tuple(self._read_object(spec) for spec in self._layout.objects)
         moved = previous is not None and any(
             np.linalg.norm(np.subtract(o.position, p.position)) > _STILL_M
             for o, p in zip(objects, previous.objects, strict=True)
@@ -215,6 +207,19 @@ class BlocksEnv(gymnasium.Env):
             held=held,
             touched=tuple(self._touched),
             still=not moved,
+        )
+
+    def _read_object(self, spec: ObjectSpec) -> ObjectState:
+        pose = self._objects[spec.name].pose
+        position = _floats(pose.p)
+        return ObjectState(
+            name=spec.name,
+            shape=spec.shape,
+            color=spec.color,
+            position=position,
+            initial_position=self._initial_positions.setdefault(spec.name, position),
+            yaw_rad=_yaw(pose.q),
+            size=spec.size,
         )
 
     def _observe(self) -> dict[str, Any]:
@@ -238,10 +243,11 @@ class BlocksEnv(gymnasium.Env):
 
 
 def _configure_engine() -> None:
-    """SAPIEN keeps these for the process; setting them again changes nothing."""
-    os.environ.setdefault("LP_NUM_THREADS", "1")  # the software renderer is 20 % faster at 64 px without threads
+    """SAPIEN keeps these for the process. What is set here holds for the scenes and cameras made afterwards."""
+    os.environ.setdefault("LP_NUM_THREADS", "1")  # the software renderer is faster at 64 px without threads
     sapien.physx.set_scene_config(enable_enhanced_determinism=True)
-    sapien.render.set_camera_shader_dir("minimal")
+    # SAPIEN's own shaders give the same picture (at most 1/255 off), but take 6 s of CPU to compile in every process.
+    sapien.render.set_camera_shader_dir(str(resources.files("dualvla_eval.sim") / "shaders"))
     sapien.render.set_picture_format("Color", "r8g8b8a8unorm")
 
 

@@ -61,8 +61,9 @@ class Panda:
         self._drive(qpos, opening=1.0)
 
     def command(self, action: np.ndarray) -> None:
-        """action [7]: dx, dy, dz (m, base frame, shortened to MAX_STEP_M), three ignored rotations, gripper (>= 0.5 opens).
+        """action [7]: dx, dy, dz (m, base frame, shortened to MAX_STEP_M), three ignored rotations, gripper.
 
+        The gripper opens from 0.5 on, and closes below.
         The target is relative to where the tool is now, so that a policy that sees the tool sees all there is to know.
         """
         delta = action[:3]
@@ -80,7 +81,7 @@ class Panda:
 
     @property
     def ee_pose(self) -> np.ndarray:
-        """[6]: m and extrinsic XYZ Euler rad. Roll lies in [0, 2 pi): a vertical tool has pi, and must not jump there."""
+        """[6]: m and extrinsic XYZ Euler rad. Roll is in [0, 2 pi): a vertical tool has pi, and must not jump there."""
         w, x, y, z = (float(v) for v in self._tool.pose.q)
         roll = np.arctan2(2 * (w * x + y * z), 1 - 2 * (x * x + y * y)) % (2 * np.pi)
         pitch = np.arcsin(np.clip(2 * (w * y - z * x), -1, 1))
@@ -112,8 +113,6 @@ class Panda:
 def material(color: tuple[float, float, float]) -> sapien.render.RenderMaterial:
     made = sapien.render.RenderMaterial()
     made.base_color = [*color, 1.0]
-    made.roughness = 0.9
-    made.specular = 0.1
     return made
 
 
