@@ -1,8 +1,8 @@
 """A checkpoint as a `Policy`: think if it wants to, then act. Also answers questions about pictures.
 
-Greedy text until the first action query (KV cache, whole batch at once), all queries in one pass, Euler steps. What a session
-remembers is its last text and how old it is; `reset` drops it. Actions depend on the observation, the session's name and the
-step only, never on the batch they were computed in. Knows no environment and no network.
+Greedy text until the first action query (KV cache, whole batch at once), all queries in one pass, Euler steps. What a
+session remembers is its last text and how old it is; `reset` drops it. Actions depend on the observation, the session's
+name and the step only, never on the batch they were computed in. Knows no environment and no network.
 """
 
 from __future__ import annotations
@@ -25,8 +25,8 @@ from dualvla.schema import Observation, PolicyReply, PolicySpec
 
 @dataclass(frozen=True)
 class PolicyOptions:
-    """reasoning: "auto" (the model decides at every query), "never", or "every:K" (asked to think every K control steps; in
-    between the last text stays in the prompt). noise_scale scales the noise that Euler starts from; 0 starts from the mean."""
+    """reasoning: "auto" (the model decides at every query), "never", or "every:K" (asked every K control steps; in
+    between the last text stays in the prompt). noise_scale scales the noise that Euler starts from; 0: no noise."""
 
     reasoning: str = "auto"
     noise_scale: float = 1.0
@@ -79,7 +79,7 @@ class VLAPolicy:
 
     @torch.inference_mode()
     def infer(self, observations: Sequence[Observation], sessions: Sequence[str]) -> list[PolicyReply]:
-        """One reply an observation. Raises: PolicyError if the actions are not finite; DataError for a misfit observation."""
+        """Raises: PolicyError if actions are not finite, DataError on a misfit observation."""
         if not observations:
             return []
         started = time.perf_counter()
@@ -151,9 +151,9 @@ class VLAPolicy:
     def _generate(
         self, prefix: Prefix, given: Sequence[list[int]], asked: Sequence[bool], end_id: int
     ) -> list[list[int]]:
-        """Greedy tokens until `end_id` for the rows that are asked; the others read their `given` text. Extends `prefix`.
+        """Greedy tokens until `end_id` for the rows that are asked; the others read their `given` text.
 
-        Either end token ends a text: ACT inside an answer, or EOS inside reasoning, would be no text.
+        Extends `prefix`. Either end token ends a text: ACT inside an answer, or EOS inside reasoning, would be no text.
         """
         number = len(asked)
         texts: list[list[int]] = [[] for _ in range(number)]

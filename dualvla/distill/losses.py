@@ -1,8 +1,8 @@
-"""The loss terms, as plain functions of tensors (Eq. 5 to 7 and the flow-matching loss). Knows nothing of models or data.
+"""The loss terms as plain functions of tensors: Eq. 5 to 7 and flow matching. Knows nothing of models or data.
 
 Every term is a sum over its unmasked entries divided by a count. By default the count is the number of unmasked entries
-here; passing `count` (the global batch's count / number of workers) makes the mean over workers of the local losses equal
-the loss of the global batch exactly.
+here; passing `count` (the global batch's count / number of workers) makes the mean over workers of the local losses
+equal the loss of the global batch exactly.
 """
 
 from __future__ import annotations
@@ -53,7 +53,9 @@ def flow_kd(
     weight: Tensor | float = 1.0,
     count: Tensor | None = None,
 ) -> Tensor:
-    """KL of two Gaussians of equal isotropic variance at the same (A_tau, tau), reduced exactly as L_FM, times 1/2 (Eq. 5).
+    """KL of two Gaussians of equal isotropic variance at the same (A_tau, tau) (Eq. 5).
+
+    That is the squared error reduced exactly as L_FM, times 1/2.
 
     [B, H, D], mask [B] or [B, H], weight w(tau) [B]. Zero iff the velocities agree on every unmasked step.
     """

@@ -1,7 +1,7 @@
 """Two low-rank adapters (action, language) and the per-token gate that weighs them, for any stack of decoder layers.
 
-Adapters start with zero effect and the gate with weight 1 for both, so attaching them changes nothing. Knows no model class:
-a decoder layer is a module whose first input is its hidden states.
+Adapters start with zero effect and the gate with weight 1 for both, so attaching them changes nothing. Knows no model
+class: a decoder layer is a module whose first input is its hidden states.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ class LowRank(nn.Module):
 
 
 class Gate(nn.Module):
-    """A 4-layer MLP on a layer's hidden states that gives each adapter's weight in (0, 2) at each token; 1 at the start.
+    """A 4-layer MLP on a layer's hidden states: each adapter's weight in (0, 2) at each token; 1 at the start.
 
     `weights` [..., 2] belongs to the layer call in progress: `before_layer` sets it, the layer's projections read it.
     """
@@ -83,7 +83,7 @@ class AdaptedLinear(nn.Linear):
 def attach_adapters(
     layers: Iterable[nn.Module], hidden_size: int, names: Sequence[Adapter], config: LoraConfig
 ) -> None:
-    """Replaces every linear projection inside each decoder layer; with both adapters the layer gets an `adapter_gate`."""
+    """Replaces every linear projection inside each decoder layer; with both adapters a layer gets an `adapter_gate`."""
     for layer in layers:
         gate = Gate(hidden_size, config) if set(names) == set(GATED) else None
         for parent in list(layer.modules()):

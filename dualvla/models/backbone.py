@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 import math
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -51,7 +52,7 @@ class Backbone(nn.Module):
         """Causal pass over the last T of L positions; [B, T, d] last hidden states.
 
         mask [B, L] is 1 for tokens that exist: a masked one is seen by no other and takes up no position, which is the
-        same as removing it from the sequence. `cache` (from `new_cache`) holds the first L - T positions and is extended.
+        same as removing it from the sequence. `cache` (of `new_cache`) holds the first L - T positions and grows.
         """
         positions_BL = (mask_BL.long().cumsum(dim=1) - 1).clamp_min(0)
         output = self.language_model(
@@ -84,21 +85,16 @@ def resolve(config: ModelConfig, vocab_size: int) -> dict[str, Any]:
         values = copy.deepcopy(config.backbone_config)
     values.setdefault("text_config", {})["vocab_size"] = vocab_size
     values.setdefault("vision_config", {})["image_size"] = config.image_size
-    text = values["text_config"]
-    # Ids in the class's own default configuration may lie outside a small vocabulary; the processor's ids are used.
-    for names in (text, values):
-        for name in ("pad_token_id", "bos_token_id", "eos_token_id", "image_token_id", "image_token_index"):
-            if name in names or name == "pad_token_id":
-                names[name] = None if name == "eos_token_id" or name == "bos_token_id" else 0
-    _check_class(values)
+    for part in (values, values["text_config"]):
+        # A class's own default ids may lie outside a small vocabulary; only the processor's are used.
+        part.update(pad_token_id=0, bos_token_id=None, eos_token_id=None)
+    values["tie_word_embeddings"] = _hf_config(values).tie_word_embeddings
     return values
 
 
 def build(config: ModelConfig, pretrained: bool = False) -> Backbone:
     """Random weights from `config.backbone_config`, or the published ones of `config.backbone`."""
-    values = dict(config.backbone_config)
-    _check_class(values)
-    hf_config = AutoConfig.for_model(values.pop("model_type"), **values)
+    hf_config = _hf_config(config.backbone_config)
     if pretrained:
         hf = AutoModelForImageTextToText.from_pretrained(config.backbone, attn_implementation=config.attention)
         hf.resize_token_embeddings(hf_config.get_text_config().vocab_size, mean_resizing=False)
@@ -118,10 +114,12 @@ def grid_side(image_tokens: int, cameras: int) -> int:
     return side
 
 
-def _check_class(values: dict[str, Any]) -> None:
+def _hf_config(values: Mapping[str, Any]) -> Any:
     known = AutoModelForImageTextToText._model_mapping._model_mapping  # model_type -> class name
     if values.get("model_type") not in known:
         raise CheckpointError(
             f"'{values.get('model_type')}' is not an image-text-to-text class of the installed transformers.",
             f"set backbone_config.model_type to one of: {', '.join(sorted(known))}",
         )
+    settings = copy.deepcopy(dict(values))
+    return AutoConfig.for_model(settings.pop("model_type"), **settings)

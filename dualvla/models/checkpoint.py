@@ -67,8 +67,8 @@ def load_config(folder: str) -> ModelConfig:
 def load_model(folder: str, stage: str | None = None, seed: int = 0) -> tuple[VLA, Processor, ModelConfig]:
     """The model in eval mode, its processor and its configuration.
 
-    `stage` prepares it for training in that stage: adapters it lacks are added with zero effect (`seed` draws their inner
-    weights).
+    `stage` prepares it for training in that stage: adapters it lacks are added with zero effect (`seed` draws their
+    inner weights).
     Raises: CheckpointError naming what is missing, damaged or of another architecture.
     """
     saved = load_config(folder)

@@ -1,7 +1,7 @@
 """What a model is: frozen dataclasses, written whole into the checkpoint's `config.json`. Knows no torch.
 
-`ModelConfig.backbone` names real weights; `backbone_config` describes a backbone built from scratch. A checkpoint always
-carries `backbone_config`, so it needs no download to be loaded again.
+`ModelConfig.backbone` names real weights; `backbone_config` describes a backbone built from scratch. A checkpoint
+always carries `backbone_config`, so it needs no download to be loaded again.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ class FlowHeadConfig:
 
 @dataclass(frozen=True)
 class GroundingConfig:
-    """The module that points at the target: a heat map over the first camera's image tokens (docs: "heat" and "pool")."""
+    """The module that points at the target: a heat map over the first camera's image tokens."""
 
     pool: bool = True  # add the heat-weighted image state to the latent action
 
@@ -60,7 +60,7 @@ class LossWeights:
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """A vision-language-action model. Image sizes in pixels, `control_hz` in Hz, `horizon` and `execute_steps` in steps."""
+    """A vision-language-action model. Sizes in pixels, rates in Hz, `horizon` and `execute_steps` in control steps."""
 
     backbone: str | None = None  # a Hugging Face name or folder; None: random weights from `backbone_config`
     backbone_config: dict[str, Any] = field(default_factory=dict)

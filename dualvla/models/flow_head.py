@@ -1,7 +1,9 @@
-"""The action expert: a flow-matching transformer, block-wise causal over [vision | latent action | proprioception | chunk].
+"""The action expert: a flow-matching transformer over [vision | latent action | proprioception | noisy chunk].
 
-Conventions of flow matching, everywhere: A_tau = tau A + (1 - tau) eps (tau 0 noise, tau 1 data), velocity target A - eps,
-forward Euler from noise. Knows nothing of text, images or units: actions are normalised numbers.
+Attention is block-wise causal in that order. Conventions of flow matching, everywhere: A_tau = tau A + (1 - tau) eps
+(tau 0 noise, tau 1 data), velocity target A - eps, forward Euler from noise.
+
+Knows nothing of text, images or units: actions are normalised numbers.
 """
 
 from __future__ import annotations
@@ -63,7 +65,7 @@ class FlowBlock(nn.Module):
 
 
 class FlowHead(nn.Module):
-    """latent action [B, N, latent_dim], proprioception [B, P], noisy chunk [B, K draws, H, D] at tau [B, K] -> velocities."""
+    """Latent action [B, N, d], proprioception [B, P], noisy chunks [B, K, H, D] at tau [B, K] -> velocities."""
 
     def __init__(self, config: FlowHeadConfig, latent_dim: int, horizon: int, action_dim: int, proprio_dim: int):
         super().__init__()

@@ -1,7 +1,7 @@
 """Where is the target? A heat map over image tokens read out of the latent action, and what lies there.
 
-The supervision (the target's pixel and position) is a training-time signal only; at inference the module uses its own heat map.
-Knows nothing of how the states were made.
+The supervision (the target's pixel and position) is a training-time signal only; at inference the module uses its own
+heat map. Knows nothing of how the states were made.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from dualvla.models.config import GroundingConfig
 
 
 class Grounded(NamedTuple):
-    """latents [B, N, d] (with the pooled image state added), heat logits [B, M], target position [B, 3] (normalised)."""
+    """latents [B, N, d] with the pooled image state added; heat logits [B, M]; target position [B, 3] (normalised)."""
 
     latents: Tensor
     heat_logits: Tensor

@@ -1,7 +1,8 @@
 """Between the world and the model: tokenizer, prompt format, normalisation statistics, and batches of tensors.
 
-A processor travels in the checkpoint, so that training, evaluation and serving share it. It knows nothing of the network.
-Noise, tau and colour jitter are keyed by (seed, sample, step): neither the order of the samples nor the number of workers changes them.
+A processor travels in the checkpoint, so that training, evaluation and serving share it. Noise, tau and colour jitter
+are keyed by (seed, sample, step): neither the order of the samples nor the number of workers changes them. Knows
+nothing of the network.
 """
 
 from __future__ import annotations
@@ -34,9 +35,10 @@ TOKENIZER_FILE, PROCESSOR_FILE = "tokenizer.json", "processor.json"
 class Sample:
     """One training sample. `key` identifies it in its data set, whatever batch it comes in.
 
-    images: camera -> uint8 [S, S, 3]. reasoning: the text to learn (multimodal: the answer), None if pruned or not wanted.
-    proprio float32 [P], actions float32 [H, D] in the action space's units, action_mask bool [H] (False past the episode's
-    end), target_pixel float32 [2] ([u, v] in [0, 1]), target_position float32 [3] (m): None where there are none.
+    images: camera -> uint8 [S, S, 3]. reasoning: the text to learn (multimodal: the answer), None if pruned or not
+    wanted. proprio float32 [P], actions float32 [H, D] in the action space's units, action_mask bool [H] (False past
+    the episode's end), target_pixel float32 [2] ([u, v] in [0, 1]), target_position float32 [3] (m): None where there
+    are none.
     """
 
     key: int
@@ -85,7 +87,7 @@ class Statistics:
 
 @dataclass(frozen=True)
 class PromptFormat:
-    """What stands before the reply. `{text}` is the instruction or the question; the first word tells the domains apart."""
+    """What stands before the reply. `{text}` is the instruction or question; the first word tells the domains apart."""
 
     robot: str = f"{USER}Robot: {{text}}{ASSISTANT}"
     multimodal: str = f"{USER}Question: {{text}}{ASSISTANT}"
@@ -183,9 +185,9 @@ class Processor:
     def collate(self, samples: Sequence[Sample], seed: int, step: int, train: bool = True) -> Batch:
         """One training batch; every tensor has leading dimension B = len(samples).
 
-        Beside `prompts` and `replies`: labels [B, T + 1] (what follows the prompt and each text token: text, then ACT on
-        robot samples, EOS on multimodal ones), robot [B], actions [B, H, D] (normalised), action_mask [B, H], tau [B, K],
-        noise [B, K, H, D], target_pixel [B, 2] (NaN: none), target_position [B, 3] (normalised; NaN: none).
+        Beside `prompts` and `replies`: labels [B, T + 1] (what follows the prompt and each text token: text, then ACT
+        on robot samples, EOS on multimodal ones), robot [B], actions [B, H, D] (normalised), action_mask [B, H], tau
+        [B, K], noise [B, K, H, D], target_pixel [B, 2] (NaN: none), target_position [B, 3] (normalised; NaN: none).
         train=False leaves the colours alone.
         """
         config = self.config
@@ -206,8 +208,9 @@ class Processor:
             labels[row, : len(text) + 1] = torch.tensor([*text, end])
 
         actions, masks = zip(*(self._chunk(s) for s in samples), strict=True)
+        domains = [s.domain for s in samples]
         return {
-            **self.prompts(images, [s.instruction for s in samples], [s.domain for s in samples], [s.proprio for s in samples]),
+            **self.prompts(images, [s.instruction for s in samples], domains, [s.proprio for s in samples]),
             **replies,
             "labels": labels,
             "robot": torch.tensor(robot),

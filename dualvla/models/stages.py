@@ -17,8 +17,8 @@ Group = Literal["backbone", "queries", "grounding", "head", "action", "language"
 
 @dataclass(frozen=True)
 class Stage:
-    """adapters: what the model has from this stage on. trains: groups that learn. from_scratch: the same for a backbone that
-    starts from random weights; a reader of other people's words must first learn to see and speak."""
+    """adapters: what the model has from this stage on; trains: the groups that learn. *_from_scratch: the same where
+    the backbone started from random weights, and must first learn to see and to speak."""
 
     kind: Literal["specialist", "reasoning"]
     adapters: tuple[Adapter, ...]

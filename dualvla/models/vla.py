@@ -2,8 +2,9 @@
 
     [image tokens | proprioception | instruction] -> [reasoning or answer]? -> [action queries]
 
-Masked tokens take up no position, so a pruned text is removed from the sequence, not hidden in it. The token after the prompt
-is supervised in both cases (the first word, or ACT, which stands for the first query): *when to think* is learned.
+Masked tokens take up no position, so a pruned text is removed from the sequence, not hidden in it. The token after the
+prompt is supervised in both cases (the first word, or ACT, which stands for the first query): *when to think* is
+learned.
 
 Everything training needs goes through `VLA.forward`: under ZeRO-3 a parameter is whole only inside it. Knows nothing of
 samples, files or schedules.
@@ -30,12 +31,12 @@ from dualvla.models.grounding import Grounding, target_cell
 from dualvla.models.processing import IGNORE, Batch, Processor
 
 LOSS_TERMS = ("lm", "flow", "heat", "position", "kd_flow", "kd_token")
-"""The terms of L_total, in the order of `loss_counts`. Each weighs in by the LossWeights field of its name (kd_*: `kd`)."""
+"""The terms of L_total, in the order of `loss_counts`. LossWeights has a field of each name (kd_*: `kd`)."""
 
 
 @dataclass
 class Encoded:
-    """States of one pass over whole sequences. text [B, T + 1, d] predicts labels; latents [B, N, d]; image [B, M, d]."""
+    """States of a pass over whole sequences: text [B, T + 1, d] predicts labels, latents [B, N, d], image [B, M, d]."""
 
     text: Tensor
     latents: Tensor
@@ -88,8 +89,8 @@ class VLA(nn.Module):
     ) -> dict[str, Tensor]:
         """What training needs of a batch.
 
-        mode "loss": "loss" = L_VLA + lambda L_KD (Eq. 7) and each term, detached. counts: see `loss_counts`. targets: what
-        the teachers gave: "velocity" [B, K, H, D] (Eq. 5), "logits" [B, T + 1, V] (Eq. 6), either or both.
+        mode "loss": "loss" = L_VLA + lambda L_KD (Eq. 7) and each term, detached. counts: see `loss_counts`. targets:
+        what the teachers gave: "velocity" [B, K, H, D] (Eq. 5), "logits" [B, T + 1, V] (Eq. 6), either or both.
         mode "velocity": {"velocity": [B, K, H, D]} of an action teacher, pi(a | o, i): the text is left out.
         mode "logits": {"logits": [B, T + 1, V]} of a reasoning teacher, pi(r | o, i).
         """
@@ -215,7 +216,7 @@ class VLA(nn.Module):
 def loss_counts(batch: Batch) -> Tensor:
     """The denominators of LOSS_TERMS in this batch, float64 [6].
 
-    Sum them over all workers and divide by their number: then the mean of the workers' losses is the global batch's loss.
+    Sum them over all workers and divide by their number: then the mean of the workers' losses is the global batch's.
     """
     masks = _masks(batch)
     draws = batch["tau"].shape[1]
