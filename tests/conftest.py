@@ -79,6 +79,12 @@ def make_rows() -> MakeRows:
     return _episode_rows
 
 
+@pytest.fixture(scope="session")
+def synthetic_dataset() -> Callable[..., None]:
+    """synthetic_dataset(folder, parts=2, episodes=3, questions=2, steps=12) makes one anywhere, in any scope."""
+    return write_dataset
+
+
 @pytest.fixture
 def make_dataset(tmp_path: Path) -> Callable[..., str]:
     """make_dataset(name="data", parts=2, episodes=3, questions=2, steps=12) -> folder of a finished data set."""

@@ -16,7 +16,7 @@ import pyarrow.compute as pc
 from dualvla.errors import DataError
 from dualvla.io import dataset
 from dualvla.models.processing import Sample
-from dualvla.schema import ACTION_SPACES
+from dualvla.schema import ACTION_SPACES, DOMAINS, step_schema
 
 _COLUMNS = (
     "episode_id", "step", "control_hz", "split", "domain", "instruction", "images", "proprio", "action",
@@ -54,20 +54,24 @@ class TrainRows:
         self.proprio = _dense(robot, "proprio", folder) if has_proprio else np.zeros((len(robot), 0), np.float32)
 
     @classmethod
-    def load(cls, folder: str) -> TrainRows:
-        """Raises: DataError naming what is missing, unreadable or inconsistent."""
-        parts: dict[str, list[pa.Table]] = {"robot": [], "multimodal": []}
-        found = dataset.open_dataset(folder)
-        for file in found.files:
+    def load(cls, folder: str, sample: bool = False) -> TrainRows:
+        """All training rows, or (`sample`) those of the first file that has robot rows.
+
+        Raises: DataError naming what is missing, unreadable or inconsistent.
+        """
+        parts: dict[str, list[pa.Table]] = {domain: [step_schema(labels=True).empty_table()] for domain in DOMAINS}
+        for file in dataset.open_dataset(folder).files:
             table = dataset.read_table(file, _COLUMNS, optional=(_KEEP,))
             if _KEEP not in table.column_names:  # not pruned
                 table = table.append_column(_KEEP, pa.array(np.ones(len(table), bool)))
             table = table.filter(pc.equal(table["split"], "train"))
             for domain, rows in parts.items():
                 rows.append(table.filter(pc.equal(table["domain"], domain)))
-        if not found.files:
-            raise DataError(f"'{folder}' has no rows.", "collect demonstrations first")
-        return cls(folder, pa.concat_tables(parts["robot"]), pa.concat_tables(parts["multimodal"]))
+            if sample and len(parts["robot"][-1]):
+                break
+        columns = [*_COLUMNS, _KEEP]
+        robot, multimodal = (pa.concat_tables(t.select(columns) for t in parts[domain]) for domain in DOMAINS)
+        return cls(folder, robot, multimodal)
 
     @property
     def counts(self) -> dict[str, int]:

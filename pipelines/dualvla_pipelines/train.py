@@ -9,13 +9,14 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from dualvla.config import override, to_dict
 from dualvla.errors import UsageError
-from dualvla.io import dataset, manifest, storage
+from dualvla.io import manifest, storage
+from dualvla.models.config import ModelConfig
 from dualvla_pipelines.recipes import STAGES, Stage, get_recipe
 
 KIND = "checkpoint"
@@ -47,11 +48,12 @@ def train(
     _check_inputs(stage, init, action_teacher)
     if not storage.is_local(out):
         raise UsageError(f"--out '{out}' is not a path.", "train into a local or shared folder")
-    dataset.open_dataset(data)
     folders = {"data": data, "init": init, "action_teacher": action_teacher}
     given = {name: os.path.abspath(folder) for name, folder in folders.items() if folder is not None}
     for name in given.keys() - {"data"}:
         manifest.require(given[name], KIND)
+    if manifest.read(out) is None:
+        _check_fit(stage, chosen.model, given)
     key = {"stage": stage, "train": to_dict(config), "model": to_dict(chosen.model), "seed": seed}
     inputs = manifest.input_digests(given)
     out = os.path.abspath(out)
@@ -97,6 +99,18 @@ def _check_inputs(stage: Stage, init: str | None, action_teacher: str | None) ->
             "Stage 'dual' needs --action-teacher." if stage == "dual" else f"Stage '{stage}' has no action teacher.",
             "pass the specialist's checkpoint to stage 'dual', and to no other",
         )
+
+
+def _check_fit(stage: Stage, model: ModelConfig, folders: Mapping[str, str]) -> None:
+    """What workers would find out later, before anything is claimed or started."""
+    from dualvla.models.checkpoint import load_config
+    from dualvla.models.stages import prepare
+    from dualvla_pipelines.fit import check_architecture, check_fit
+    from dualvla_pipelines.samples import TrainRows
+
+    check_fit(model, TrainRows.load(folders["data"], sample=True).facts, folders["data"])
+    for name in folders.keys() & {"init", "action_teacher"}:
+        check_architecture(prepare(load_config(folders[name]), stage), prepare(model, stage), folders[name])
 
 
 def _is_output(url: str) -> bool:
