@@ -15,7 +15,7 @@ from typing import Any, Generic, TypeVar
 import ray
 from ray.exceptions import RayActorError, RayTaskError
 
-from dualvla.errors import DualVLAError
+from dualvla.errors import DualVLAError, PlatformError
 
 log = logging.getLogger(__name__)
 
@@ -44,6 +44,7 @@ def run(
 
     make_actor: returns a fresh actor handle. method: name of its method that takes one item. An exception raised by the
     method itself is not a crash: it propagates at once, as it would without Ray.
+    Raises: PlatformError if an actor cannot be constructed.
     """
     waiting = deque(items)
     crashes: dict[int, int] = {}
@@ -68,6 +69,8 @@ def run(
                 ours = isinstance(error.cause, DualVLAError)
                 raise (error.cause if ours else error.as_instanceof_cause()) from error
             except RayActorError as error:
+                if error.actor_init_failed:  # Ray keeps only the text of what its constructor raised
+                    raise PlatformError(f"A worker could not start: {str(error).splitlines()[-1]}") from error
                 actors.remove(actor)
                 crashes[id(item)] = crashes.get(id(item), 0) + 1
                 if crashes[id(item)] < max_crashes:

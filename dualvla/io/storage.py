@@ -41,7 +41,7 @@ def writing(url: str) -> Iterator[None]:
             raise OutputError(
                 f"No space left on the disk that holds '{url}'.", "free space, or pass another --out"
             ) from error
-        if error.errno in (errno.EACCES, errno.EROFS, errno.EPERM, errno.ENOTDIR):
+        if error.errno in (errno.EACCES, errno.EROFS, errno.EPERM, errno.ENOTDIR, errno.EEXIST):
             raise OutputError(f"Cannot write '{url}': {error.strerror}.", "pass an --out you may write to") from error
         raise
 
