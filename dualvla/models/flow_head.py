@@ -57,7 +57,7 @@ class FlowBlock(nn.Module):
         """[..., n, hidden] -> query, key, value [..., heads, n, hidden / heads]"""
         q, k, v = self.qkv(self.norm_attention(x)).chunk(3, dim=-1)
         split = (self.heads, x.shape[-1] // self.heads)
-        return tuple(t.unflatten(-1, split).transpose(-3, -2) for t in (q, k, v))  # type: ignore[return-value]
+        return tuple(t.unflatten(-1, split).transpose(-3, -2) for t in (q, k, v))
 
     def finish(self, x: Tensor, attended: Tensor) -> Tensor:
         x = x + self.out(attended.transpose(-3, -2).flatten(-2))

@@ -115,7 +115,7 @@ class Processor:
         self.proprio = proprio
         self.position = position
         self.prompt = prompt
-        self.pad_id, self.eos_id, self.act_id = (tokenizer.token_to_id(t) for t in (PAD, EOS, ACT))
+        self.pad_id, self.eos_id, self.act_id = (_token_id(tokenizer, t) for t in (PAD, EOS, ACT))
 
     @classmethod
     def fit(
@@ -294,6 +294,13 @@ def pretrained_tokenizer(name: str) -> Tokenizer:
     tokenizer = Tokenizer.from_str(AutoTokenizer.from_pretrained(name).backend_tokenizer.to_str())
     tokenizer.add_special_tokens([AddedToken(t, special=True, normalized=False) for t in SPECIAL_TOKENS])
     return tokenizer
+
+
+def _token_id(tokenizer: Tokenizer, token: str) -> int:
+    found = tokenizer.token_to_id(token)
+    if found is None:
+        raise CheckpointError(f"The tokenizer has no token '{token}'.", "fit the processor with this version")
+    return found
 
 
 def _jitter(images: Mapping[str, np.ndarray], share: float, rng: np.random.Generator) -> Mapping[str, np.ndarray]:
