@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 
 from dualvla.schema import PolicyReply, PolicySpec
+from dualvla_eval.actors import SweepWorkerImpl
 from dualvla_eval.sim.base import ObjectState, SceneState
 from dualvla_eval.suites import Episode, Suite, TaskSpec
 
@@ -167,3 +168,21 @@ def fake_suite():
         termination_rule="first success or failure",
         conventions={"frame": "base"},
     )
+
+
+class SayingPolicy(FakePolicy):
+    """Says one given text at every step."""
+
+    def __init__(self, text):
+        super().__init__()
+        self._text = text
+
+    def reply(self, observation, session):
+        return replace(super().reply(observation, session), reasoning=self._text, keyframe=True, reasoning_tokens=3)
+
+
+def run_items_here(config, items, workers):
+    """Instead of Ray: the work of a sweep in this process, for tests that are about something else."""
+    worker = SweepWorkerImpl(config)
+    for item in items:
+        worker.run(item)

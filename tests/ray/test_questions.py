@@ -1,0 +1,101 @@
+"""Held-out questions on a real Ray cluster with a fake policy: counted by kind, exactly once, and only those of the test split."""
+
+import sys
+
+import pytest
+from ray import cloudpickle
+
+from dualvla.errors import DataError, UsageError
+from dualvla.io import dataset, manifest
+from dualvla_eval.policies import PolicyRef
+from dualvla_eval.qa_suite import ANSWER_SCHEMA, normalise, run_questions
+
+pytestmark = pytest.mark.usefixtures("ray_cluster")
+cloudpickle.register_pickle_by_value(sys.modules[__name__])
+
+KINDS = ("colour", "count")
+
+
+class Parrot:
+    """Knows colours, and thinks that there are always two."""
+
+    def answer(self, observations):
+        return [
+            o.instruction.rsplit(" ", 1)[-1] if o.instruction.startswith("colour") else "Two." for o in observations
+        ]
+
+
+def load_parrot(folder):
+    return Parrot()
+
+
+@pytest.fixture
+def data(tmp_path):
+    """100 training and 70 test questions, and a robot row that is none."""
+    rows = [question("train", i) for i in range(100)] + [question("test", i) for i in range(70)]
+    rows.append({**question("test", 999), "domain": "robot"})
+    return write_data(str(tmp_path / "data"), rows)
+
+
+def question(split, i):
+    import numpy as np
+
+    kind = KINDS[i % 2]
+    asked, answer = (
+        ("colour of it: red", "the red") if kind == "colour" else ("how many?", "two" if i % 4 == 1 else "three")
+    )
+    return {
+        "episode_id": f"qa/{split}/{i:03d}", "step": 0, "split": split, "domain": "multimodal", "task": kind,
+        "instruction": asked, "reasoning": answer,
+        "images": {"main": dataset.encode_png(np.full((4, 4, 3), i, np.uint8))},
+    }  # fmt: skip
+
+
+def write_data(folder, rows):
+    manifest.begin(folder, dataset.KIND, {}, {})
+    dataset.write_table(dataset.part_url(folder, 0), dataset.rows_to_table(rows))
+    dataset.finish_dataset(folder, {}, {}, rows_in=len(rows))
+    return folder
+
+
+@pytest.fixture
+def checkpoint(tmp_path):
+    folder = tmp_path / "checkpoint"
+    folder.mkdir()
+    (folder / "config.json").write_text("{}")
+    (folder / "model.safetensors").write_bytes(b"weights")
+    return str(folder)
+
+
+def test_accuracy_by_kind_on_the_test_split_only(tmp_path, data, checkpoint):
+    refs = [PolicyRef("a", checkpoint), PolicyRef("b", checkpoint)]
+    summary = run_questions(str(tmp_path / "out"), data, refs, workers=2, load=load_parrot)
+    tasks = summary["policies"]["a"]["tasks"]
+    assert (tasks["colour"]["successes"], tasks["colour"]["n"]) == (35, 35)
+    assert (tasks["count"]["successes"], tasks["count"]["n"]) == (18, 35)
+    assert (tasks["all"]["successes"], tasks["all"]["n"]) == (53, 70)
+    rows = dataset.read_table(str(tmp_path / "out" / "answers.parquet"), ANSWER_SCHEMA.names).to_pylist()
+    keys = [(r["policy"], r["question_id"]) for r in rows]
+    assert len(keys) == len(set(keys)) == 140
+    assert all("/test/" in question_id for _, question_id in keys)
+
+    (tmp_path / "out" / "manifest.json").unlink()
+    (tmp_path / "out" / "parts" / "b-qa-000000.parquet").unlink()
+    assert run_questions(str(tmp_path / "out"), data, refs, workers=1, load=load_parrot) == summary
+    assert run_questions(str(tmp_path / "out"), data, refs, workers=1)["skipped"]
+
+
+def test_a_data_set_without_questions_is_refused(tmp_path, checkpoint):
+    data = write_data(str(tmp_path / "data"), [question("train", 0)])
+    with pytest.raises(DataError, match="no multimodal rows of split 'test'"):
+        run_questions(str(tmp_path / "out"), data, [PolicyRef("a", checkpoint)], workers=1)
+
+
+def test_a_policy_that_cannot_answer_is_refused(tmp_path, data):
+    with pytest.raises(UsageError, match="'expert' cannot answer questions"):
+        run_questions(str(tmp_path / "out"), data, [PolicyRef("expert", "expert")], workers=1)
+
+
+def test_what_counts_as_the_same_answer():
+    assert normalise("The red  cube.") == normalise("a RED cube")
+    assert normalise("left of it") != normalise("right of it")
