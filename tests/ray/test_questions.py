@@ -1,7 +1,8 @@
-"""Held-out questions on a real Ray cluster with a fake policy: counted by kind, exactly once, and only those of the test split."""
+"""Held-out questions on a real Ray cluster with a fake policy: counted by kind, once, of the test split only."""
 
 import sys
 
+import numpy as np
 import pytest
 from ray import cloudpickle
 
@@ -20,9 +21,10 @@ class Parrot:
     """Knows colours, and thinks that there are always two."""
 
     def answer(self, observations):
-        return [
-            o.instruction.rsplit(" ", 1)[-1] if o.instruction.startswith("colour") else "Two." for o in observations
-        ]
+        return [self._answer(o.instruction) for o in observations]
+
+    def _answer(self, question):
+        return question.rsplit(" ", 1)[-1] if question.startswith("colour") else "Two."
 
 
 def load_parrot(folder):
@@ -38,16 +40,13 @@ def data(tmp_path):
 
 
 def question(split, i):
-    import numpy as np
-
     kind = KINDS[i % 2]
-    asked, answer = (
-        ("colour of it: red", "the red") if kind == "colour" else ("how many?", "two" if i % 4 == 1 else "three")
-    )
+    number = "two" if i % 4 == 1 else "three"
+    asked, answer = ("colour of it: red", "the red") if kind == "colour" else ("how many?", number)
     return {
         "episode_id": f"qa/{split}/{i:03d}", "step": 0, "split": split, "domain": "multimodal", "task": kind,
         "instruction": asked, "reasoning": answer,
-        "images": {"main": dataset.encode_png(np.full((4, 4, 3), i, np.uint8))},
+        "images": {"main": dataset.encode_png(np.full((4, 4, 3), i % 256, np.uint8))},
     }  # fmt: skip
 
 

@@ -1,5 +1,7 @@
 """Naming policies on the command line, and the control experiments around them."""
 
+from dataclasses import replace
+
 import pytest
 from eval_fakes import NAMES, FakeEnv, FakePolicy, fake_suite
 
@@ -45,7 +47,7 @@ def test_a_word_that_is_no_policy_is_answered_with_the_nearest_one():
 def test_a_folder_that_is_no_checkpoint_says_what_it_lacks(tmp_path):
     with pytest.raises(CheckpointError, match="does not exist"):
         policies.digest(parse_policy(str(tmp_path / "nowhere")))
-    with pytest.raises(CheckpointError, match="lacks \\*.safetensors"):
+    with pytest.raises(CheckpointError, match=r"lacks \*\.safetensors"):
         policies.digest(parse_policy(str(tmp_path)))
 
 
@@ -58,7 +60,7 @@ def test_a_policy_for_another_robot_is_refused(monkeypatch):
         ({"control_hz": 20.0}, "20.0"),
         ({"cameras": ("main", "wrist")}, "camera 'wrist'"),
     ):
-        policy.spec = policies.replace(FakePolicy().spec, **change)
+        policy.spec = replace(FakePolicy().spec, **change)
         with pytest.raises(CheckpointError, match=words):
             policies.load(PolicyRef("mine", "folder"), suite=SUITE)
 
