@@ -84,7 +84,8 @@ class BlocksEnv(gymnasium.Env):
         self._step = 0
         self._touched: list[str] = []
         self._initial_positions: dict[str, tuple[float, ...]] = {}
-        self._success, self._failure = False, None
+        self._success = False
+        self._failure: str | None = None
         self._advance(_SUBSTEPS)  # the blocks settle
         self._state = self._read_state(previous=None)
         return self._observe(), self._info([])
