@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import os
 import threading
 import time
 import uuid
@@ -33,6 +34,7 @@ log = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
+KEY_VARIABLE = "DUALVLA_API_KEY"
 _SCHEMES = {"ws": "ws", "wss": "wss", "http": "ws", "https": "wss"}
 _REFUSED = (401, 403)
 _MOST_PARALLEL = 32
@@ -56,8 +58,9 @@ class ClientOptions:
 class PolicyClient:
     """A synchronous connection to one policy endpoint, opened at first use and again whenever it drops.
 
-    url: ws://, wss://, http:// or https://. key: sent as `Authorization: Bearer`, never in the URL. session: a name for
-    the policy's state of this robot (default: one of the server's choosing). Calls from several threads take turns.
+    url: ws://, wss://, http:// or https://. key: sent as `Authorization: Bearer`, never in the URL (default: the
+    environment's DUALVLA_API_KEY, if any). session: names the policy's state of this robot, and keys its randomness:
+    the same name and observations get the same actions (default: a fresh name). Calls from several threads take turns.
 
     Raises, from every call: ServerError if the endpoint cannot be reached, refuses the key, fails, or does not answer
     in time; WireError if it refuses the message. After either, the client can be used again.
@@ -72,6 +75,7 @@ class PolicyClient:
         options: ClientOptions = ClientOptions(),
     ):
         self._url = _websocket_url(url)
+        key = key or os.environ.get(KEY_VARIABLE)
         self._headers = {"Authorization": f"Bearer {key}"} if key else {}
         if session is not None:
             self._headers[messages.SESSION_HEADER] = messages.session_name(session)
@@ -252,5 +256,7 @@ def _websocket_url(url: str) -> str:
 
 def _refusal(url: str, status: int) -> ServerError:
     if status in _REFUSED:
-        return ServerError(f"{url} refused the key (HTTP {status}).", "pass a key of the server's keys file")
+        return ServerError(
+            f"{url} refused the key (HTTP {status}).", f"pass a key of the server's keys file, or set {KEY_VARIABLE}"
+        )
     return ServerError(f"{url} refused the connection (HTTP {status}).", "check the URL and that the policy is ready")

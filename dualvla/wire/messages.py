@@ -37,7 +37,7 @@ MAX_TEXT = 4000  # characters of an instruction
 MAX_SIDE = 2048  # pixels
 _IMAGE = "images/"
 _KEYS = ("prompt", "observation/state", "observation/ee_pose", "step", "id")
-_NAME = re.compile(r"[\w.:/+\-]{1,128}", re.ASCII)
+_NAME = re.compile(r"[!-~]{1,128}")
 
 
 def metadata(spec: PolicySpec) -> dict[str, Any]:
@@ -97,15 +97,21 @@ def observation_from_wire(message: Any) -> Observation:
 
 
 def check_fits(observation: Observation, spec: PolicySpec, example: Observation) -> None:
-    """Raises: WireError if it lacks a camera of the policy, or its proprio is not of the example's size."""
-    missing = [name for name in spec.cameras if name not in observation.images]
-    if missing:
-        raise WireError(
-            f"The policy sees cameras {list(spec.cameras)}; missing: {missing}.", f"send 'images/{missing[0]}'"
-        )
-    size, wanted = (0 if o.proprio is None else o.proprio.size for o in (observation, example))
-    if wanted and size != wanted:
-        raise WireError(f"The policy needs {wanted} numbers of proprioception, not {size}.", "send 'observation/state'")
+    """Raises: WireError if it lacks a camera of the policy, or an image or the proprio is not of the example's size."""
+    for name in spec.cameras:
+        if name not in observation.images:
+            raise WireError(
+                f"The policy sees cameras {list(spec.cameras)}; '{name}' is missing.", f"send '{_IMAGE}{name}'"
+            )
+        shape, wanted = observation.images[name].shape, example.images[name].shape
+        if shape != wanted:
+            raise WireError(f"'{_IMAGE}{name}' is {list(shape)}; the policy sees {list(wanted)}.", "resize it")
+    if observation.proprio is not None and example.proprio is not None:
+        size, expected = observation.proprio.size, example.proprio.size
+        if size != expected:
+            raise WireError(
+                f"'observation/state' has {size} numbers; the policy takes {expected}.", "check their order"
+            )
 
 
 def reply_to_wire(reply: PolicyReply, server_timing_ms: Mapping[str, float]) -> dict[str, Any]:
@@ -175,7 +181,7 @@ def error_from_text(text: str) -> ServerError | WireError:
 def session_name(name: str) -> str:
     """A session's name as a client may choose it. Raises: WireError."""
     if not _NAME.fullmatch(name):
-        raise WireError(f"The session name {name[:60]!r} is refused.", "use 1 to 128 letters, digits and . : / + - _")
+        raise WireError(f"The session name {name[:60]!r} is refused.", "use 1 to 128 printable ASCII characters")
     return name
 
 

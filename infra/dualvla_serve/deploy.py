@@ -15,6 +15,7 @@ import urllib.request
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
+from fastapi import FastAPI
 from ray import serve
 from ray.exceptions import RayError, RayTaskError
 from ray.serve.config import HTTPOptions, RequestRouterConfig
@@ -96,15 +97,7 @@ def _translated() -> Iterator[None]:
         raise ServerError(f"No replica answered: {type(error).__name__}: {error}.") from error
 
 
-@serve.deployment(
-    max_ongoing_requests=_MOST_CONNECTIONS,
-    max_constructor_retry_count=1,  # a policy that does not load once does not load twice
-    request_router_config=RequestRouterConfig(
-        request_router_class=_ROUTER,
-        request_router_kwargs={"num_fallback_replicas": 0},  # another replica does not know the session
-    ),
-)
-class Model:
+class ModelReplica:
     def __init__(self, load: LoadPolicy, max_batch_size: int):
         self._runner = PolicyRunner(load, max_batch_size)
 
@@ -118,25 +111,35 @@ class Model:
         await self._runner.reset(session)
 
 
-@serve.deployment(max_ongoing_requests=_MOST_CONNECTIONS, graceful_shutdown_timeout_s=2.0)
-@serve.ingress()
 class Ingress:
     def __init__(self, model: DeploymentHandle, config: EndpointConfig):
         self._model = model
         self._config = config
 
-    def __serve_build_asgi_app__(self):
+    def __serve_build_asgi_app__(self) -> FastAPI:  # Serve's name for it
         backend = ServeBackend(self._model, self._config.infer_timeout_s)
         return create_app(backend, self._config.ring, self._config.limits)
 
 
 def build(load: LoadPolicy, config: EndpointConfig) -> serve.Application:
-    model = Model.options(
+    model = serve.deployment(
+        name="Model",
         num_replicas=config.replicas,
         ray_actor_options={"num_cpus": config.cpus_per_replica, "num_gpus": config.gpus_per_replica},
-    ).bind(load, config.max_batch_size)
-    ingress = Ingress.options(ray_actor_options={"num_cpus": 0.1})
-    return ingress.bind(model, config)
+        max_ongoing_requests=_MOST_CONNECTIONS,
+        max_constructor_retry_count=1,  # a policy that does not load once does not load twice
+        request_router_config=RequestRouterConfig(
+            request_router_class=_ROUTER,
+            request_router_kwargs={"num_fallback_replicas": 0},  # another replica does not know the session
+        ),
+    )(ModelReplica)
+    ingress = serve.deployment(
+        name="Ingress",
+        ray_actor_options={"num_cpus": 0.1},
+        max_ongoing_requests=_MOST_CONNECTIONS,
+        graceful_shutdown_timeout_s=2.0,  # connected robots would keep it open for ever
+    )(serve.ingress()(Ingress))
+    return ingress.bind(model.bind(load, config.max_batch_size), config)
 
 
 @contextlib.contextmanager
@@ -153,14 +156,22 @@ def running(load: LoadPolicy, config: EndpointConfig) -> Iterator[str]:
     try:
         serve.run(build(load, config), name=config.name, route_prefix="/", logging_config=quiet)
     except RuntimeError as error:
+        reason = _failure(config.name) or str(error)
         _stop(config.name)
-        raise PolicyError(f"The endpoint did not start: {error}") from error
+        raise PolicyError(f"The endpoint did not start: {reason}", "try the checkpoint with `dualvla eval`") from error
     try:
         base = f"{config.host if ':' not in config.host else f'[{config.host}]'}:{port}"
         _wait_until_listening(f"http://{base}/healthz")
         yield base
     finally:
         _stop(config.name)
+
+
+def _failure(name: str) -> str:
+    """The last line of what Serve says of each deployment that did not come up."""
+    application = serve.status().applications.get(name)
+    messages = [d.message.strip() for d in application.deployments.values()] if application else []
+    return "; ".join(message.splitlines()[-1] for message in messages if message)
 
 
 def _stop(name: str) -> None:

@@ -7,19 +7,18 @@ import urllib.error
 import urllib.request
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 
 import numpy as np
 import pytest
 import ray
 import serve_fakes
 from ray import cloudpickle
-from serve_fakes import CountingPolicy, example, load_broken, load_counting
+from serve_fakes import CountingPolicy, example, load_counting
 from websockets.exceptions import InvalidStatus
 from websockets.sync.client import connect
 
 from dualvla.client import PolicyClient, RemotePolicy
-from dualvla.errors import PlatformError, PolicyError, ServerError, UsageError, WireError
+from dualvla.errors import PlatformError, ServerError, UsageError, WireError
 from dualvla_serve.deploy import EndpointConfig, running
 from dualvla_serve.keys import read_keys
 
@@ -126,10 +125,3 @@ def test_a_taken_port_and_an_open_door_are_refused(ray_cluster: None) -> None:
             pass
     with pytest.raises(UsageError, match="keys"):
         EndpointConfig(host="0.0.0.0")
-
-
-@pytest.mark.slow
-def test_a_policy_that_does_not_load_is_an_error_not_a_wait(ray_cluster: None, tmp_path: Path) -> None:
-    with pytest.raises(PolicyError, match="these weights do not load"):  # noqa: SIM117
-        with running(load_broken, EndpointConfig(port=0)):
-            pass
