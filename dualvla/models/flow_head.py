@@ -109,7 +109,8 @@ class FlowHead(nn.Module):
         for block in self.blocks:
             q, k, v = block.project(x)
             context.append((k, v))
-            x = block.finish(x, F.scaled_dot_product_attention(q, k, v, attn_mask=seen))
+            if block is not self.blocks[-1]:
+                x = block.finish(x, F.scaled_dot_product_attention(q, k, v, attn_mask=seen))
         return context
 
     def velocity(self, context: Context, noisy_BKHD: Tensor, tau_BK: Tensor) -> Tensor:

@@ -12,7 +12,7 @@ from torch import nn
 from dualvla.errors import UsageError, did_you_mean
 from dualvla.models.config import Adapter, ModelConfig
 
-Group = Literal["backbone", "queries", "grounding", "head", "action", "language", "gate"]
+Group = Literal["backbone", "words", "queries", "grounding", "head", "action", "language", "gate"]
 
 
 @dataclass(frozen=True)
@@ -33,10 +33,10 @@ _BOTH: tuple[Adapter, ...] = ("action", "language")
 STAGES: dict[str, Stage] = {
     "specialist": Stage("specialist",
         ("action",), frozenset({"queries", "grounding", "head", "action"}),
-        (),          frozenset({"queries", "grounding", "head", "backbone"})),
+        (),          frozenset({"queries", "grounding", "head", "backbone", "words"})),
     "reasoning": Stage("reasoning",
         _BOTH, frozenset({"language", "gate"}),
-        _BOTH, frozenset({"language", "gate"})),
+        _BOTH, frozenset({"language", "gate", "words"})),  # the specialist has hardly met the words of reasoning
     "dual": Stage("reasoning",
         _BOTH, frozenset({"queries", "action", "language", "gate"}),
         _BOTH, frozenset({"queries", "action", "language", "gate"})),
@@ -47,6 +47,7 @@ _PATTERNS: tuple[tuple[str, Group], ...] = (
     (r"\.adapters\.action\.", "action"),
     (r"\.adapters\.language\.", "language"),
     (r"\.adapter_gate\.", "gate"),
+    (r"\.(embed_tokens|lm_head)\.", "words"),
     (r"^backbone\.", "backbone"),
     (r"^(queries|proprio_in)\.", "queries"),
     (r"^grounding\.", "grounding"),
