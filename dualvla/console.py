@@ -1,4 +1,4 @@
-"""What a person sees while and after a command runs: progress on stderr, tables on stdout. Knows nothing of the method."""
+"""What a person sees while and after a command runs: progress on stderr, tables on stdout. Knows no method."""
 
 from __future__ import annotations
 

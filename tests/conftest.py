@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -13,15 +11,6 @@ import pytest
 
 from dualvla.io import dataset, manifest
 from dualvla.schema import step_schema
-
-_RENDER_PROBE = """
-import sapien
-scene = sapien.Scene()
-camera = scene.add_camera("probe", 8, 8, 1.0, 0.1, 10.0)
-scene.update_render()
-camera.take_picture()
-camera.get_picture("Color")
-"""
 
 
 @pytest.fixture(autouse=True, scope="session")
@@ -50,14 +39,16 @@ def ray_cluster() -> Iterator[None]:
     ray.shutdown()
 
 
+@pytest.hookimpl(trylast=True)  # after -m and -k have had their say: the probe takes seconds
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    simulated = [item for item in items if "sim" in item.keywords]
+    simulated = [item for item in items if item.get_closest_marker("sim")]
     if not simulated:
         return
-    probe = subprocess.run([sys.executable, "-c", _RENDER_PROBE], capture_output=True, text=True, check=False)
-    if probe.returncode:
-        reason = (probe.stderr.strip().splitlines() or [f"exit code {probe.returncode}"])[-1]
-        skip = pytest.mark.skip(reason=f"no frame renders here ({reason}); `dualvla doctor` names the fix")
+    from dualvla_cluster.doctor import render_probe
+
+    check = render_probe().run()
+    if not check.ok:
+        skip = pytest.mark.skip(reason=f"no frame renders here ({check.detail}); `dualvla doctor` names the fix")
         for item in simulated:
             item.add_marker(skip)
 
