@@ -33,6 +33,9 @@ from dualvla_serve.keys import KeyRing
 # A WebSocket connection is one ongoing request of the ingress for as long as it lives.
 _MOST_CONNECTIONS = 1024
 _ROUTER = "ray.serve.experimental.consistent_hash_router.ConsistentHashRouter"
+_QUIET = {"log_level": "WARNING"}
+# Where a process takes longer than Serve's 5 s to start, Serve kills its proxy and starts it anew, for ever.
+_PATIENCE = {"RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S": "60"}
 
 
 @dataclass(frozen=True)
@@ -150,11 +153,9 @@ def running(load: LoadPolicy, config: EndpointConfig) -> Iterator[str]:
     """
     port = config.port or free_port(config.host)
     _require_free(config.host, port)
-    quiet = {"log_level": "WARNING"}
-    http = HTTPOptions(host=config.host, port=port, request_timeout_s=None)
-    serve.start(http_options=http, logging_config=quiet)
+    _start(config.host, port)
     try:
-        serve.run(build(load, config), name=config.name, route_prefix="/", logging_config=quiet)
+        serve.run(build(load, config), name=config.name, route_prefix="/", logging_config=_QUIET)
     except RuntimeError as error:
         reason = _failure(config.name) or str(error)
         _stop(config.name)
@@ -165,6 +166,16 @@ def running(load: LoadPolicy, config: EndpointConfig) -> Iterator[str]:
         yield base
     finally:
         _stop(config.name)
+
+
+def _start(host: str, port: int) -> None:
+    http = HTTPOptions(host=host, port=port, request_timeout_s=None)
+    controller = {"runtime_env": {"env_vars": _PATIENCE}}
+    try:
+        serve.start(http_options=http, logging_config=_QUIET, controller_options=controller)
+    except (RayError, TimeoutError) as error:
+        serve.shutdown()
+        raise PlatformError(f"Ray Serve did not start: {error}", "try again when this machine is less busy") from error
 
 
 def _failure(name: str) -> str:
