@@ -14,7 +14,6 @@ import math
 import os
 import time
 import warnings
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -136,7 +135,7 @@ def _frozen(folder: str) -> VLA:
 
 
 def _step(
-    engine: Any, batch: Mapping[str, Tensor], micro_batches: int, teachers: Teachers | None, job: TrainJob, step: int
+    engine: Any, batch: dict[str, Tensor], micro_batches: int, teachers: Teachers | None, job: TrainJob, step: int
 ) -> dict[str, float]:
     """One optimiser step on this worker's samples. Returns the global batch's metrics."""
     parts = _split(batch, micro_batches)
@@ -166,7 +165,7 @@ def _step(
     return metrics | {"lr": lr, "grad_norm": float(engine.get_global_grad_norm() or 0.0)}
 
 
-def _split(batch: Mapping[str, Tensor], parts: int) -> list[dict[str, Tensor]]:
+def _split(batch: dict[str, Tensor], parts: int) -> list[dict[str, Tensor]]:
     """`parts` slices of every tensor, taken crosswise so that each holds robot samples and questions alike."""
     return [{name: tensor[i::parts] for name, tensor in batch.items()} for i in range(parts)]
 
