@@ -26,10 +26,11 @@ from dualvla.schema import Observation, PolicyReply, PolicySpec
 @dataclass(frozen=True)
 class PolicyOptions:
     """reasoning: "auto" (the model decides at every query), "never", or "every:K" (asked every K control steps; in
-    between the last text stays in the prompt). noise_scale scales the noise that Euler starts from; 0: no noise."""
+    between the last text stays in the prompt). noise_scale scales the noise that Euler starts from; 0, its mean, acts
+    most surely: *pick* 72 % against 50 % of 40 episodes with 1."""
 
     reasoning: str = "auto"
-    noise_scale: float = 1.0
+    noise_scale: float = 0.0
     euler_steps: int | None = None  # None: the checkpoint's
     execute_steps: int | None = None  # None: the checkpoint's
     device: str = "cpu"

@@ -50,7 +50,8 @@ class GroundingConfig:
 class LossWeights:
     """Weights of the terms of L_total (Eq. 7). A term without targets in a batch is 0 whatever its weight."""
 
-    lm: float = 1.0
+    lm: float = 1.0  # robot samples: reasoning, and whether to think at all
+    answer: float = 1.0  # multimodal samples; apart, because a few answer tokens would drown among those of reasoning
     flow: float = 1.0
     heat: float = 0.2
     position: float = 0.5

@@ -30,7 +30,7 @@ from dualvla.models.flow_head import FlowHead, interpolate
 from dualvla.models.grounding import Grounding, target_cell
 from dualvla.models.processing import IGNORE, Batch, Processor
 
-LOSS_TERMS = ("lm", "flow", "heat", "position", "kd_flow", "kd_token")
+LOSS_TERMS = ("lm", "answer", "flow", "heat", "position", "kd_flow", "kd_token")
 """The terms of L_total, in the order of `loss_counts`. LossWeights has a field of each name (kd_*: `kd`)."""
 
 
@@ -184,8 +184,10 @@ class VLA(nn.Module):
         number = dict(zip(LOSS_TERMS, loss_counts(batch) if counts is None else counts, strict=True))
         masks = _masks(batch)
         logits = self.backbone.logits(encoded.text).float()
-        lm = F.cross_entropy(logits.flatten(0, 1), batch["labels"].flatten(), ignore_index=IGNORE, reduction="none")
-        terms = {"lm": masked_mean(lm.view_as(batch["labels"]), masks["lm"], number["lm"])}
+        token_loss = F.cross_entropy(
+            logits.flatten(0, 1), batch["labels"].flatten(), ignore_index=IGNORE, reduction="none"
+        ).view_as(batch["labels"])
+        terms = {name: masked_mean(token_loss, masks[name], number[name]) for name in ("lm", "answer")}
 
         velocity = self._velocity(encoded, batch).flatten(0, 1).float()  # [B * K, H, D]
         draws = batch["tau"].shape[1]
@@ -214,7 +216,7 @@ class VLA(nn.Module):
 
 
 def loss_counts(batch: Batch) -> Tensor:
-    """The denominators of LOSS_TERMS in this batch, float64 [6].
+    """The denominators of LOSS_TERMS in this batch, float64 [7].
 
     Sum them over all workers and divide by their number: then the mean of the workers' losses is the global batch's.
     """
@@ -231,7 +233,8 @@ def _masks(batch: Batch) -> dict[str, Tensor]:
     steps = batch["action_mask"] & robot.unsqueeze(1)
     seen = robot & (target_cell(batch["target_pixel"], 1) == 0)
     return {
-        "lm": tokens,
+        "lm": tokens & robot.unsqueeze(1),
+        "answer": tokens & ~robot.unsqueeze(1),
         "flow": steps,
         "heat": seen,
         "position": robot & batch["target_position"].isfinite().all(dim=-1),

@@ -136,11 +136,11 @@ def test_sessions_do_not_mix(trained: tuple[VLA, Processor]) -> None:
 def test_the_same_question_gets_the_same_reply_and_noise_follows_session_and_step(
     trained: tuple[VLA, Processor],
 ) -> None:
-    first, again = (_policy(trained).infer([_observation(0)], ["s"])[0] for _ in range(2))
+    first, again = (_policy(trained, noise_scale=1.0).infer([_observation(0)], ["s"])[0] for _ in range(2))
     np.testing.assert_array_equal(first.actions, again.actions)
     for other in (
-        _policy(trained).infer([_observation(0)], ["t"]),
-        _policy(trained).infer([_observation(0, step=1)], ["s"]),
+        _policy(trained, noise_scale=1.0).infer([_observation(0)], ["t"]),
+        _policy(trained, noise_scale=1.0).infer([_observation(0, step=1)], ["s"]),
     ):
         assert not np.array_equal(other[0].actions, first.actions)
 
