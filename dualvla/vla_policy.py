@@ -25,7 +25,7 @@ from dualvla.schema import Observation, PolicyReply, PolicySpec
 
 @dataclass(frozen=True)
 class PolicyOptions:
-    """reasoning: "auto" (the model decides at every query), "never", or "every:K" (asked every K control steps; in
+    """reasoning: "auto" (the model decides at every query), "never", or "every:K" (it thinks every K control steps; in
     between the last text stays in the prompt). noise_scale scales the noise that Euler starts from; 0, its mean, acts
     most surely: *pick* 72 % against 50 % of 40 episodes with 1."""
 
@@ -88,7 +88,7 @@ class VLAPolicy:
         prefix = self.model.read_prompt(batch)
         due = [self._thinks(o, s) for o, s in zip(observations, sessions, strict=True)]
         texts = [self._kept(s) if not d else [] for d, s in zip(due, sessions, strict=True)]
-        generated = self._generate(prefix, texts, due, self.processor.act_id)
+        generated = self._generate(prefix, texts, self._starts(prefix, due))
         thought = time.perf_counter()
         for i, (observation, session) in enumerate(zip(observations, sessions, strict=True)):
             if due[i]:
@@ -123,8 +123,7 @@ class VLAPolicy:
             return []
         batch = self._batch(observations, ["multimodal"] * len(observations))
         prefix = self.model.read_prompt(batch)
-        everyone = [True] * len(observations)
-        ids = self._generate(prefix, [[] for _ in observations], everyone, self.processor.eos_id)
+        ids = self._generate(prefix, [[] for _ in observations], [True] * len(observations))
         return [self.processor.decode(i) for i in ids]
 
     def _batch(self, observations: Sequence[Observation], domains: Sequence[str]) -> Batch:
@@ -149,32 +148,38 @@ class VLAPolicy:
         """The text to put back into the prompt between two thoughts."""
         return self._thoughts[session].ids if self._every is not None and session in self._thoughts else []
 
-    def _generate(
-        self, prefix: Prefix, given: Sequence[list[int]], asked: Sequence[bool], end_id: int
-    ) -> list[list[int]]:
-        """Greedy tokens until `end_id` for the rows that are asked; the others read their `given` text.
+    def _starts(self, prefix: Prefix, due: Sequence[bool]) -> list[bool]:
+        """Which of the rows that are due begin a text: with "auto" those where the model holds one likely enough."""
+        if self._every is not None:
+            return list(due)
+        thinks = 1.0 - prefix.logits.float().softmax(dim=-1)[:, self.processor.act_id]
+        return [d and t > self.config.think_above for d, t in zip(due, thinks.tolist(), strict=True)]
 
-        Extends `prefix`. Either end token ends a text: ACT inside an answer, or EOS inside reasoning, would be no text.
+    def _generate(self, prefix: Prefix, given: Sequence[list[int]], speaks: Sequence[bool]) -> list[list[int]]:
+        """Greedy tokens until an end token, for the rows that speak; the others read their `given` text.
+
+        Extends `prefix`. ACT and EOS both end a text, and neither can begin one.
         """
-        number = len(asked)
+        number = len(speaks)
         texts: list[list[int]] = [[] for _ in range(number)]
         device = prefix.logits.device
-        width = max((len(g) for g in given), default=0)
-        if width:
+        if any(given):
             replies = self.processor.replies(list(given))
             self.model.read_text(prefix, replies["text_ids"].to(device), replies["text_mask"].to(device))
-        stops = {end_id, self.processor.eos_id, self.processor.act_id, self.processor.pad_id}
-        logits, open_rows = prefix.logits, list(asked)
+        stops = [self.processor.eos_id, self.processor.act_id, self.processor.pad_id]
+        logits = prefix.logits.clone()
+        logits[:, stops] = -torch.inf
+        speaking = list(speaks)
         for _ in range(self.config.max_text_tokens):
             tokens = logits[:, : self.processor.vocab_size].argmax(dim=-1).tolist()
-            open_rows = [o and t not in stops for o, t in zip(open_rows, tokens, strict=True)]
-            if not any(open_rows):
+            speaking = [s and t not in stops for s, t in zip(speaking, tokens, strict=True)]
+            if not any(speaking):
                 break
             for row in range(number):
-                if open_rows[row]:
+                if speaking[row]:
                     texts[row].append(tokens[row])
-            ids = torch.tensor([[t if o else self.processor.pad_id] for t, o in zip(tokens, open_rows, strict=True)])
-            mask = torch.tensor(open_rows).unsqueeze(1)
+            ids = torch.tensor([[t if s else self.processor.pad_id] for t, s in zip(tokens, speaking, strict=True)])
+            mask = torch.tensor(speaking).unsqueeze(1)
             logits = self.model.read_text(prefix, ids.to(device), mask.to(device))[:, -1]
         return texts
 

@@ -7,6 +7,7 @@ always carries `backbone_config`, so it needs no download to be loaded again.
 from __future__ import annotations
 
 import copy
+import dataclasses
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -82,6 +83,7 @@ class ModelConfig:
     grounding: GroundingConfig | None = GroundingConfig()
     color_jitter: float = 0.1  # brightness and per-channel gain of training images, +- this share
     max_text_tokens: int = 64
+    think_above: float = 0.5  # it thinks where its probability of a text exceeds this; see `thinking_as_often`
 
     @property
     def actions(self) -> ActionSpace:
@@ -91,6 +93,15 @@ class ModelConfig:
                 f"Unknown action space '{self.action_space}'.", did_you_mean(self.action_space, ACTION_SPACES)
             )
         return ACTION_SPACES[self.action_space]
+
+
+def thinking_as_often(config: ModelConfig, keep_ratio: float) -> ModelConfig:
+    """For a model trained on robot samples of which this share had a text.
+
+    Where few have one, no single picture makes a text likelier than not, and a policy that took the likeliest token
+    would never think. So it thinks where a text is likelier than it was on average.
+    """
+    return dataclasses.replace(config, think_above=min(0.5, keep_ratio))
 
 
 _TINY_IDEFICS3: dict[str, Any] = {

@@ -52,8 +52,12 @@ def _uncached_greedy(trained: tuple[VLA, Processor], observation: Observation) -
     ids: list[int] = []
     for _ in range(model.config.max_text_tokens):
         batch = {**prompt, **processor.replies([ids])}
-        with torch.inference_mode():
+        with torch.no_grad():
             logits = model.backbone.logits(model.encode(batch).text[:, -1])[0, : processor.vocab_size]
+        if not ids:
+            if logits.softmax(dim=-1)[processor.act_id] > 0.5:
+                break
+            logits[[processor.act_id, processor.eos_id, processor.pad_id]] = -torch.inf
         token = int(logits.argmax())
         if token in (processor.act_id, processor.eos_id, processor.pad_id):
             break
@@ -120,6 +124,24 @@ def test_thinking_every_k_steps_keeps_the_text_in_between(trained: tuple[VLA, Pr
     assert replies[1].reasoning_tokens == 0
     policy.reset("s")
     assert policy.infer([_observation(0, step=6)], ["s"])[0].keyframe
+
+
+def test_it_thinks_where_a_text_is_likelier_than_its_threshold() -> None:
+    config = prepare(fakes.config(), "dual")
+    processor = fakes.processor(config)
+    model = VLA.create(config, processor, seed=0).eval()
+    observations = [_observation(i) for i in range(8)]
+    sessions = list("abcdefgh")
+    batch = processor.prompts(*zip(*((o.images, o.instruction, "robot", o.proprio) for o in observations), strict=True))
+    with torch.inference_mode():
+        likely = 1 - model.read_prompt(batch).logits.softmax(dim=-1)[:, processor.act_id]
+    threshold = float(likely.sort().values[3:5].mean())
+    config = dataclasses.replace(model.config, think_above=threshold)
+    replies = VLAPolicy(model, processor, config).infer(observations, sessions)
+    assert [r.keyframe for r in replies] == (likely > threshold).tolist()
+    assert 0 < sum(r.keyframe for r in replies) < 8
+    forced = VLAPolicy(model, processor, config, PolicyOptions(reasoning="every:1")).infer(observations, sessions)
+    assert all(r.keyframe for r in forced)
 
 
 def test_sessions_do_not_mix(trained: tuple[VLA, Processor]) -> None:
