@@ -195,7 +195,7 @@ def run_questions(
 
 
 def _summarise(refs: Sequence[PolicyRef], rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    per_policy = {}
+    per_policy: dict[str, dict[str, Any]] = {}
     for ref in refs:
         own = [r for r in rows if r["policy"] == ref.name]
         kinds = {k: [r for r in own if r["task"] == k] for k in sorted({r["task"] for r in own})} | {"all": own}

@@ -54,8 +54,8 @@ def vla_score(
     if (reasoning is None) != (alignment is None):
         raise ValueError("reasoning and alignment: give both or neither")
     given = {"action": action, "intention": intention, "success": success}
-    given |= {} if reasoning is None else {"reasoning": reasoning, "alignment": alignment}
-    for name, value in given.items():
+    said = {} if reasoning is None else {"reasoning": reasoning, "alignment": alignment}
+    for name, value in {**given, **said}.items():
         if value is None or not math.isfinite(value) or not 0 <= value <= 1:
             raise ValueError(f"{name} = {value!r} is not in [0, 1]")
     if success not in (0, 1):

@@ -8,14 +8,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 
 from dualvla_eval.experts import Expert
 from dualvla_eval.reasoning import StatedReasoning, parse
 from dualvla_eval.results import Trajectory
-from dualvla_eval.sim.base import ObjectState, SceneState
+from dualvla_eval.sim.base import ObjectState, SceneState, SimEnv
 
 
 @dataclass(frozen=True)
@@ -41,18 +41,20 @@ class _Recording:
 
 def read_state(recorded: Mapping[str, Any]) -> SceneState:
     """The inverse of `SceneState.to_dict` after a trip through JSON."""
-    objects = tuple(
-        ObjectState(**{k: tuple(v) if isinstance(v, list) else v for k, v in o.items()}) for o in recorded["objects"]
-    )
-    contacts = tuple((a, b) for a, b in recorded["contacts"])
-    rest = {k: tuple(v) if isinstance(v, list) else v for k, v in recorded.items()}
-    return SceneState(**{**rest, "objects": objects, "contacts": contacts})
+    values = _tuples(recorded)
+    values["objects"] = tuple(ObjectState(**_tuples(o)) for o in recorded["objects"])
+    values["contacts"] = tuple((a, b) for a, b in recorded["contacts"])
+    return SceneState(**values)
+
+
+def _tuples(recorded: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: tuple(value) if isinstance(value, list) else value for name, value in recorded.items()}
 
 
 def truths(trajectory: Trajectory, states: list[SceneState]) -> list[Truth]:
     """One for each step that was acted on."""
     recording = _Recording(states[0])
-    expert = Expert(recording, np.random.default_rng(trajectory.row["seed"]))
+    expert = Expert(cast(SimEnv, recording), np.random.default_rng(trajectory.row["seed"]))
     found = []
     for state in states[:-1]:
         recording.current = state

@@ -28,7 +28,8 @@ _FALL_M = 0.03
 _WRONG_CONTACT_POINTS, _DROP_POINTS, _MOST_PENALTIES = 2.5, 2.0, 2
 _SERVING_SHARE = 0.9
 _STRAIGHT = 0.6  # an approach may wander this much and still count fully
-_MAIN_AXIS = 1 / np.sqrt(3)  # the smallest cosine a motion can have with its own main axis
+_OVER_M = 0.05  # nearer than this, horizontally, the tool is over an object
+_HOVER_M = 0.095  # of the tool above an object's centre, where reaching ends
 _GRIPPER_CHANGE = 0.1
 _PHASE = {"reach": 0, "touch": 1, "lower to": 1, "grasp": 2, "lift": 3, "carry": 4, "place": 5, "release": 6}
 _AXES = {
@@ -302,8 +303,8 @@ def _did_move(e: _Evidence, s: _Statement) -> float:
         return 0.0
     net = e.tool[s.stop] - e.tool[s.start]
     if s.stated.move in _AXES:
-        length = float(np.linalg.norm(net))
-        return float(np.clip(net @ _AXES[s.stated.move] / (length * _MAIN_AXIS), 0, 1)) if length > _STILL_M else 0.0
+        largest = float(np.abs(net).max())
+        return float(max(0.0, net @ _AXES[s.stated.move] / largest)) if largest > _STILL_M else 0.0
     if s.stated.move == "stay":
         return float(np.clip(1 - np.linalg.norm(net) / (_MOVING_M * (s.stop - s.start)), 0, 1))
     return float(_gripper_changed(e, s, opened=s.stated.move == "open gripper"))
@@ -323,6 +324,8 @@ def _did_subtask(e: _Evidence, s: _Statement) -> float:
         return 0.0
     if step.verb == "touch" and step.target in after.touched and step.target not in before.touched:
         return 1.0
+    if step.verb in ("touch", "lower to") and _offset(before, step.target) > _OVER_M:
+        return 0.0
     path = float(np.linalg.norm(e.moves[s.start : s.stop], axis=1).sum())
     if path < _STILL_M:
         return 0.0
@@ -337,17 +340,22 @@ def _advance_m(step: Step, before: SceneState, after: SceneState) -> float:
         return _distance(before.object(step.target).position, before.object(step.reference).position) - _distance(
             after.object(step.target).position, after.object(step.reference).position
         )
-    return _distance(before.ee_pose[:3], before.object(step.target).position) - _distance(
-        after.ee_pose[:3], after.object(step.target).position
-    )
+    above = (0.0, 0.0, _HOVER_M if step.verb == "reach" else 0.0)
+    return _tool_to(before, step.target, above) - _tool_to(after, step.target, above)
+
+
+def _tool_to(state: SceneState, name: str, above: Sequence[float]) -> float:
+    return _distance(state.ee_pose[:3], np.add(state.object(name).position, above))
+
+
+def _offset(state: SceneState, name: str) -> float:
+    return _distance(state.ee_pose[:2], state.object(name).position[:2])
 
 
 def _gripper_changed(e: _Evidence, s: _Statement, opened: bool) -> bool:
-    """Seen one step after the text as well: fingers take a step to follow."""
-    after = e.states[min(s.stop + 1, len(e.states) - 1)]
-    change = after.gripper - e.states[s.start].gripper
+    change = e.states[s.stop].gripper - e.states[s.start].gripper
     return change > _GRIPPER_CHANGE if opened else change < -_GRIPPER_CHANGE
 
 
-def _distance(a: Sequence[float], b: Sequence[float]) -> float:
+def _distance(a: Sequence[float] | np.ndarray, b: Sequence[float] | np.ndarray) -> float:
     return float(np.linalg.norm(np.subtract(a, b)))
