@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import functools
+import logging
 import socket
 import time
 import urllib.error
@@ -29,6 +31,8 @@ from dualvla_serve.app import create_app
 from dualvla_serve.backend import LoadPolicy, PolicyRunner
 from dualvla_serve.gate import LOCAL_HOSTS
 from dualvla_serve.keys import KeyRing
+
+log = logging.getLogger("dualvla.serve")
 
 # A WebSocket connection is one ongoing request of the ingress for as long as it lives.
 _MOST_CONNECTIONS = 1024
@@ -170,11 +174,19 @@ def running(load: LoadPolicy, config: EndpointConfig) -> Iterator[str]:
 
 def _start(host: str, port: int) -> None:
     http = HTTPOptions(host=host, port=port, request_timeout_s=None)
-    controller = {"runtime_env": {"env_vars": _PATIENCE}}
+    start = functools.partial(
+        serve.start,
+        http_options=http,
+        logging_config=_QUIET,
+        controller_options={"runtime_env": {"env_vars": _PATIENCE}},
+    )
     try:
-        serve.start(http_options=http, logging_config=_QUIET, controller_options=controller)
+        try:
+            start()
+        except TimeoutError:  # after a fixed 60 s, but Serve goes on starting, and the second call joins it
+            log.warning("this machine is busy: Ray Serve takes long to start")
+            start()
     except (RayError, TimeoutError) as error:
-        serve.shutdown()
         raise PlatformError(f"Ray Serve did not start: {error}", "try again when this machine is less busy") from error
 
 
@@ -208,7 +220,7 @@ def _family(host: str) -> socket.AddressFamily:
     return socket.AF_INET6 if ":" in host else socket.AF_INET
 
 
-def _wait_until_listening(url: str, timeout_s: float = 30.0) -> None:
+def _wait_until_listening(url: str, timeout_s: float = 120.0) -> None:
     deadline = time.monotonic() + timeout_s
     while True:
         try:
