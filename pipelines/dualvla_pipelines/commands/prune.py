@@ -13,7 +13,7 @@ def _configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--mode",
         default="both",
-        help="where reasoning stays: both (labels), scene or action (one label), random (as many as both), none (everywhere)",
+        help="where reasoning stays: both (labels), scene, action, random (as many as both), none (no pruning)",
     )
     parser.add_argument("--seed", type=int, default=0, help="of --mode random")
     parser.add_argument("--workers", type=int, default=None, help="processes (default: one a CPU)")
