@@ -273,9 +273,12 @@ _REFIT = "use the data, the environment and the checkpoint of one suite"
 
 
 def train_tokenizer(texts: Iterable[str], vocab_size: int) -> Tokenizer:
-    """A byte-level BPE: every text has an encoding and decodes to itself. Deterministic in the order of `texts`."""
+    """A byte-level BPE: every text has an encoding and decodes to itself. Deterministic in the order of `texts`.
+
+    A text is read as if a space stood before it, so that a word is one token wherever it stands.
+    """
     tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=True)
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
         vocab_size=vocab_size,
