@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import numpy as np
-from dualvla.vla_policy import VLAPolicy
 
 from dualvla.models.checkpoint import load_config
 from dualvla.schema import Observation
+from dualvla.vla_policy import VLAPolicy
 from dualvla_serve.backend import LoadedPolicy
 
 
