@@ -37,9 +37,9 @@ def _shake(model: VLA) -> VLA:
 
 @pytest.mark.parametrize("backbone", CLASSES)
 def test_every_class_trains_every_term_on_the_same_path(backbone: str) -> None:
-    model, batch = _model(backbone=backbone)
+    model, batch = _model(of=backbone)
     apply_stage(model, "specialist", model.config)
-    teacher, _ = _model(backbone=backbone)
+    teacher, _ = _model(of=backbone)
     teachers = Teachers.in_process(_shake(teacher), teacher)
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=3e-3)
     losses = []
@@ -70,7 +70,7 @@ def test_two_cameras_and_two_arms() -> None:
 @pytest.mark.parametrize("backbone", CLASSES)
 def test_a_pruned_text_is_removed_not_hidden(backbone: str) -> None:
     """A masked text gives what no text gives, whatever stands there; and padding of the batch changes nothing."""
-    model, batch = _model(backbone=backbone)
+    model, batch = _model(of=backbone)
     _shake(model)
     noise = {**batch, "text_ids": (batch["text_ids"] + 7) % 200, "text_mask": torch.zeros_like(batch["text_mask"])}
     gone = {**batch, "text_ids": batch["text_ids"][:, :0], "text_mask": batch["text_mask"][:, :0]}

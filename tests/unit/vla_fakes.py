@@ -46,9 +46,9 @@ BACKBONES: dict[str, dict[str, Any]] = {
 TEXTS = ("touch the red cube", "how many cubes are there?", "plan: reach the red cube. move: left.", "two cubes")
 
 
-def config(backbone: str = "idefics3", **changes: Any) -> ModelConfig:
+def config(of: str = "idefics3", **changes: Any) -> ModelConfig:
     values: dict[str, Any] = {
-        "backbone_config": BACKBONES[backbone],
+        "backbone_config": BACKBONES[of],
         "image_size": 32,
         "proprio_dim": 3,
         "num_queries": 3,
