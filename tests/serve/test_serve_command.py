@@ -56,12 +56,12 @@ def served(checkpoint: str, *options: str) -> Iterator[dict[str, str]]:
         assert first, "ended before it was ready"
         yield json.loads(first)
         process.send_signal(signal.SIGINT)
-        assert process.wait(60) == 0
+        assert process.wait(120) == 0
         port = int(json.loads(first)["websocket"].rpartition(":")[2])
         socket.create_server(("127.0.0.1", port)).close()
     finally:
         process.terminate()  # a second signal, harmless; but never a kill, which would leave its Ray behind
-        process.wait(60)
+        process.wait(120)
 
 
 def observation(seed: int, step: int = 0) -> Observation:
