@@ -275,10 +275,11 @@ _REFIT = "use the data, the environment and the checkpoint of one suite"
 def train_tokenizer(texts: Iterable[str], vocab_size: int) -> Tokenizer:
     """A byte-level BPE: every text has an encoding and decodes to itself. Deterministic in the order of `texts`.
 
-    A text is read as if a space stood before it, so that a word is one token wherever it stands.
+    An answer's first word ("red") is another token than the word within an instruction (" red"). With one token for both,
+    answers that are not learned yet pull the embeddings of the colours together: *touch* fell from 92 % to 48 %.
     """
     tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=True)
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
         vocab_size=vocab_size,
