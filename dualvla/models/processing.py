@@ -275,8 +275,8 @@ _REFIT = "use the data, the environment and the checkpoint of one suite"
 def train_tokenizer(texts: Iterable[str], vocab_size: int) -> Tokenizer:
     """A byte-level BPE: every text has an encoding and decodes to itself. Deterministic in the order of `texts`.
 
-    An answer's first word ("red") is another token than the word within an instruction (" red"). With one token for both,
-    answers that are not learned yet pull the embeddings of the colours together: *touch* fell from 92 % to 48 %.
+    An answer's first word ("red") is another token than the word within an instruction (" red"). With one token for
+    both, answers that are not learned yet pull the embeddings of the colours together: *touch* fell from 92 % to 48 %.
     """
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
