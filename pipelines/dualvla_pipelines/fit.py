@@ -10,14 +10,17 @@ from dualvla.errors import CheckpointError
 from dualvla.models.config import ModelConfig
 from dualvla_pipelines.samples import RobotFacts
 
+_LEARNED = ("think_above",)  # set from data when a checkpoint is written
+
 
 def check_architecture(found: ModelConfig, wanted: ModelConfig, folder: str) -> None:
     """Raises: CheckpointError naming the first thing in which a checkpoint's model is not the recipe's."""
-    difference = _difference(to_dict(found), to_dict(wanted))
+    ours = {name: value for name, value in to_dict(wanted).items() if name not in _LEARNED}
+    difference = _difference(to_dict(found), ours)
     if difference is not None:
-        name, theirs, ours = difference
+        name, there, here = difference
         raise CheckpointError(
-            f"'{folder}' is of another architecture: {name} is {theirs!r} there, {ours!r} in the recipe.",
+            f"'{folder}' is of another architecture: {name} is {there!r} there, {here!r} in the recipe.",
             "pass a checkpoint of this recipe, or set the model's keys with --set model.KEY=VALUE",
         )
 

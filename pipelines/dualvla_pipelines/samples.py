@@ -77,6 +77,11 @@ class TrainRows:
     def counts(self) -> dict[str, int]:
         return {"robot": len(self._robot), "multimodal": len(self._multimodal)}
 
+    @property
+    def keep_ratio(self) -> float:
+        """Share of the robot rows whose reasoning pruning kept; 1 if there was no pruning."""
+        return float(np.mean(self._robot[_KEEP].to_numpy()))
+
     @cached_property
     def facts(self) -> RobotFacts:
         """Raises: DataError if the rows do not agree with each other."""

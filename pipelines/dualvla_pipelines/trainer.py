@@ -28,7 +28,7 @@ from dualvla.distill.teachers import Teachers
 from dualvla.errors import CheckpointError, TrainingError
 from dualvla.io import storage
 from dualvla.models.checkpoint import load_model, save_checkpoint
-from dualvla.models.config import ModelConfig
+from dualvla.models.config import ModelConfig, thinking_as_often
 from dualvla.models.processing import Processor
 from dualvla.models.stages import apply_stage, prepare
 from dualvla.models.vla import VLA, loss_counts
@@ -147,7 +147,8 @@ def _step(
     zero.set_learning_rate(engine, lr)
     totals: dict[str, Tensor] = {}
     for part in parts:
-        out = training_loss(engine, part, counts=counts, weights=job.config.losses, teachers=teachers)
+        with torch.autocast(engine.device.type, torch.bfloat16, enabled=job.config.zero.dtype == "bf16"):
+            out = training_loss(engine, part, counts=counts, weights=job.config.losses, teachers=teachers)
         engine.backward(out["loss"])
         engine.step()
         for name, value in out.items():
@@ -238,5 +239,7 @@ def _export(
             "training": f"{config.steps} steps of {config.batch_size} samples, lr {config.lr:g}, seed {job.seed}",
             "data": f"{rows.counts['robot']} robot steps, {rows.counts['multimodal']} questions",
         }
+        if config.use_reasoning:
+            model_config = thinking_as_often(model_config, rows.keep_ratio)
         save_checkpoint(job.out, state, model_config, processor, facts)
     dist.barrier()

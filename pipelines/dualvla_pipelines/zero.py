@@ -66,7 +66,8 @@ def _engine_config(zero: ZeroConfig, grad_clip: float, micro_batches: int, eleme
         "gradient_clipping": grad_clip,
         "zero_optimization": stage,
         "zero_force_ds_cpu_optimizer": False,  # its CPU Adam is compiled on first use
-        "torch_autocast": {"enabled": zero.dtype == "bf16", "dtype": "bfloat16"},
+        # No "safe" modules: DeepSpeed would sum their gradients over workers in bf16.
+        "torch_autocast": {"enabled": zero.dtype == "bf16", "dtype": "bfloat16", "lower_precision_safe_modules": []},
         "steps_per_print": 1 << 62,
     }
 
