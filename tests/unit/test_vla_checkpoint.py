@@ -5,12 +5,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from unit import vla_fakes as fakes
 
 from dualvla.errors import CheckpointError
 from dualvla.models.checkpoint import load_model, save_checkpoint
 from dualvla.models.stages import prepare
 from dualvla.models.vla import VLA
-from tests.unit import vla_fakes as fakes
 
 
 @pytest.fixture

@@ -5,6 +5,7 @@ import dataclasses
 import numpy as np
 import pytest
 import torch
+from unit import vla_fakes as fakes
 
 from dualvla.distill.step import training_loss
 from dualvla.distill.teachers import Teachers
@@ -13,7 +14,6 @@ from dualvla.models.config import LossWeights, ModelConfig
 from dualvla.models.processing import Batch
 from dualvla.models.stages import STAGES, apply_stage, group_of, prepare
 from dualvla.models.vla import LOSS_TERMS, VLA, loss_counts
-from tests.unit import vla_fakes as fakes
 
 CLASSES = tuple(fakes.BACKBONES)
 

@@ -6,6 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from unit import vla_fakes as fakes
 
 from dualvla.errors import DataError, UsageError
 from dualvla.models.checkpoint import save_checkpoint
@@ -16,7 +17,6 @@ from dualvla.models.vla import VLA
 from dualvla.policy import Policy
 from dualvla.schema import Observation
 from dualvla.vla_policy import PolicyOptions, VLAPolicy
-from tests.unit import vla_fakes as fakes
 
 
 def _observation(seed: int, instruction: str = fakes.TEXTS[0], step: int = 0) -> Observation:

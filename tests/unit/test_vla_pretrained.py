@@ -6,11 +6,11 @@ from pathlib import Path
 import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import AutoConfig, AutoModelForImageTextToText, PreTrainedTokenizerFast
+from unit import vla_fakes as fakes
 
 from dualvla.models.checkpoint import load_model, save_checkpoint
 from dualvla.models.stages import apply_stage, group_of, prepare
 from dualvla.models.vla import VLA
-from tests.unit import vla_fakes as fakes
 
 WORDS = 60
 
