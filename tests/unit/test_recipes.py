@@ -1,0 +1,93 @@
+"""Recipes, and the plan that `run` makes of one; no stage is really run here."""
+
+import itertools
+import json
+
+import pytest
+
+from dualvla import cli
+from dualvla.config import from_dict, override, to_dict
+from dualvla.errors import OutputError, UsageError
+from dualvla_pipelines import run
+from dualvla_pipelines.recipes import RECIPES, STAGES, Recipe, get_recipe
+
+RATE = {"n": 4, "successes": 2, "rate": 0.5, "low": 0.15, "high": 0.85}
+SCORE = {"score": 30.0, "R": None, "A": 50.0, "I": 60.0, "RA": None}
+
+
+class FakeCommands:
+    """Answers like the real commands; `fails` names the command that ends like Ctrl-C, once."""
+
+    def __init__(self, fails=None):
+        self.fails, self.calls = fails, []
+
+    def __call__(self, command, argv):
+        self.calls.append((command, list(argv)))
+        if command == self.fails:
+            self.fails = None
+            raise KeyboardInterrupt
+        names = [a.split("=")[0] for flag, a in itertools.pairwise(argv) if flag == "--policy"]
+        policy = {"tasks": {"touch": RATE, "all": RATE}, "reasoning_tokens_per_step": 1.5, "infer_ms": None}
+        if command == "score":
+            return {"policies": dict.fromkeys(("random", "expert", *STAGES), SCORE)}
+        if "--ablation" in argv:
+            names = [f"{n}+{argv[argv.index('--ablation') + 1]}" for n in names]
+        return {"policies": dict.fromkeys(names, policy), "index": "report/index.html", "skipped": False}
+
+
+def test_unknown_recipe_and_key_name_the_nearest(capsys):
+    assert cli.main(["run", "--recipe", "tinny", "--out", "x"]) == 2
+    assert "did you mean 'tiny'" in capsys.readouterr().err
+    assert cli.main(["run", "--recipe", "tiny", "--out", "x", "--set", "specialist.step=3"]) == 2
+    assert "did you mean 'steps'" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", sorted(RECIPES))
+def test_a_recipe_survives_its_file_and_cuts_evenly_for_one_and_two_workers(name):
+    recipe = get_recipe(name)
+    assert from_dict(Recipe, json.loads(json.dumps(to_dict(recipe)))) == recipe
+    assert all(recipe.stage(s).micro_batches(w) == 1 for s in STAGES for w in (1, 2))
+    with pytest.raises(UsageError, match="evenly"):
+        recipe.specialist.micro_batches(7)
+
+
+def test_train_stages_get_the_recipe_that_the_run_was_given():
+    """A changed key reaches `dualvla train`, which knows recipes by name only."""
+    changes = ["specialist.losses.heat=0.7", 'model.cameras=["wrist"]', 'collect.episodes={"pick": 3}', "dual.steps=5"]
+    recipe = override(get_recipe("debug"), changes)
+    for stage in run.stages(recipe, "out", seed=3, workers=1):
+        if stage.command == "train":
+            given = [value for flag, value in itertools.pairwise(stage.argv) if flag == "--set"]
+            assert override(get_recipe("debug"), given) == recipe
+
+
+def test_an_interrupted_run_goes_on_and_keeps_its_times(tmp_path):
+    commands = FakeCommands(fails="score")
+    with pytest.raises(KeyboardInterrupt):
+        run.run("debug", str(tmp_path / "out"), call=commands)
+    before = json.loads((tmp_path / "out" / "run.json").read_text())["stages"]
+    assert "qa" in before
+    assert "report" not in before
+    result = run.run("debug", str(tmp_path / "out"), call=commands)
+    assert before.keys() < result["stages"].keys()
+    assert result["peak_pss_mb"] > 10
+    assert run.run("debug", str(tmp_path / "out"), call=commands)["skipped"]
+    with pytest.raises(OutputError, match="another run"):
+        run.run("debug", str(tmp_path / "out"), seed=1, call=commands)
+
+
+def test_the_table_shows_every_policy_control_and_where_the_report_is(tmp_path):
+    text = run.render(run.run("debug", str(tmp_path / "out"), call=FakeCommands()))
+    for name in (
+        "random", "expert", *STAGES, "expert-random-object",
+        "specialist+blank-images", "specialist+other-instruction", "report/index.html",
+    ):  # fmt: skip
+        assert name in text
+    assert "50 [15, 85] 4" in text
+
+
+@pytest.mark.parametrize("name", sorted(RECIPES))
+def test_every_command_of_the_plan_understands_its_options(name):
+    for stage in run.stages(get_recipe(name), "/run", seed=0, workers=2):
+        _, arguments = cli.parse(stage.command, stage.argv)
+        assert getattr(arguments, "out", "/run").startswith("/run")
