@@ -105,6 +105,7 @@ def test_an_episode_that_kills_its_worker_is_recorded_and_the_rest_goes_on(tmp_p
     assert len(list(marks.iterdir())) == 4  # twice among others, twice alone, and never again
 
 
+@pytest.mark.slow
 def test_a_split_item_resumes_as_its_single_episodes(tmp_path):
     marks = tmp_path / "marks"
     marks.mkdir()
