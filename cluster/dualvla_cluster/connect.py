@@ -9,14 +9,8 @@ import ray
 
 from dualvla.errors import PlatformError
 
-# DeepSpeed and Torch pick up the accelerator from here; with OpenMP's default of one thread a core, workers that share
-# two cores run many times slower.
-_WORKER_ENV = {
-    "DS_ACCELERATOR": "cpu",
-    "OMP_NUM_THREADS": "1",
-    "TOKENIZERS_PARALLELISM": "false",
-    "LP_NUM_THREADS": "1",
-}
+# With OpenMP's and llvmpipe's default of one thread a core, workers that share two cores run many times slower.
+_WORKER_ENV = {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false", "LP_NUM_THREADS": "1"}
 
 
 def connect(num_cpus: int | None = None) -> None:

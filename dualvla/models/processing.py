@@ -276,7 +276,8 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> Tokenizer:
     """A byte-level BPE: every text has an encoding and decodes to itself. Deterministic in the order of `texts`.
 
     An answer's first word ("red") is another token than the word within an instruction (" red"). With one token for
-    both, answers that are not learned yet pull the embeddings of the colours together: *touch* fell from 92 % to 48 %.
+    both, answers that are not learned yet may pull the embeddings of the colours together: in one run with shared
+    tokens (and more weight on answers) *touch* came out at 48 %, without at 92 %.
     """
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)

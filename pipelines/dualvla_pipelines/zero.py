@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import math
+import os
 from collections.abc import Iterator
 from typing import Any
 
@@ -24,6 +25,7 @@ def initialize(model: nn.Module, config: TrainConfig, micro_batches: int) -> Any
 
     micro_batches: backward passes a step. Weight decay is applied to matrices only. torch.distributed must be up.
     """
+    os.environ.setdefault("DS_ACCELERATOR", "cuda" if torch.cuda.is_available() else "cpu")  # read at import
     import deepspeed
     import deepspeed.ops
 
