@@ -38,12 +38,15 @@ def run(job: TrainJob, workers: int) -> None:
             _fit_with_progress(job, workers)
             return
         except TrainingFailedError as error:
-            failures = [getattr(f, "_base_exc", f) for f in getattr(error, "worker_failures", {}).values()]
+            failures = list(getattr(error, "worker_failures", {}).values())
             for failure in failures:
-                if isinstance(failure, DualVLAError):
-                    raise failure from error
+                cause = getattr(failure, "_base_exc", failure)
+                if isinstance(cause, DualVLAError):
+                    raise cause from error
             crashed = failures and all(isinstance(f, ray.exceptions.RayError) for f in failures)
             if not (crashed and restarts_left):
+                for rank, failure in enumerate(failures):
+                    log.error("worker %d: %s", rank, failure)  # with its traceback
                 raise TrainingError(f"Training failed: {error}", "the log above says where") from error
             log.warning("a training worker died; going on from the last resume state")
 
@@ -91,7 +94,7 @@ def _fit(job: TrainJob, workers: int) -> None:
         run_config=RunConfig(
             storage_path=os.path.join(job.out, "resume", "ray"),
             name=job.stage,
-            logging_config=LoggingConfig(log_level="WARNING"),
+            logging_config=LoggingConfig(log_level="CRITICAL"),  # errors are raised, and shown once
         ),
     ).fit()
 

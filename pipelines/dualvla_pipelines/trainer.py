@@ -8,10 +8,12 @@ the loss of the global batch exactly.
 from __future__ import annotations
 
 import contextlib
+import errno
 import json
 import logging
 import math
 import os
+import shutil
 import time
 import warnings
 from dataclasses import dataclass
@@ -41,6 +43,7 @@ log = logging.getLogger(__name__)
 
 METRICS = "metrics.jsonl"
 _STATE = "state"  # DeepSpeed's folder inside a resume state
+_NEARLY_FULL_BYTES = 1 << 20
 
 
 @dataclass(frozen=True)
@@ -194,12 +197,21 @@ def _save(job: TrainJob, engine: Any, averages: zero.Averages, step: int) -> Non
     folder = [str(resume.open_new(root, step))] if rank == 0 else [""]
     dist.broadcast_object_list(folder)
     with storage.writing(str(root)):
-        engine.save_checkpoint(folder[0], tag=_STATE)
+        _save_engine(engine, folder[0])
         save_file(averages.state(), os.path.join(folder[0], f"averages-{rank}.safetensors"))
     dist.barrier()
     if rank == 0:
         resume.commit(root, step, {"workers": dist.get_world_size()})
     dist.barrier()
+
+
+def _save_engine(engine: Any, folder: str) -> None:
+    try:
+        engine.save_checkpoint(folder, tag=_STATE)
+    except RuntimeError as error:  # what torch.save makes of a full disk
+        if shutil.disk_usage(folder).free < _NEARLY_FULL_BYTES:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), folder) from error
+        raise
 
 
 def _restore(job: TrainJob, engine: Any, averages: zero.Averages) -> int:
