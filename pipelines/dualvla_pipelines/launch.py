@@ -43,7 +43,9 @@ def run(job: TrainJob, workers: int) -> None:
                 cause = getattr(failure, "_base_exc", failure)
                 if isinstance(cause, DualVLAError):
                     raise cause from error
-            crashed = failures and all(isinstance(f, ray.exceptions.RayError) for f in failures)
+            # What a worker raised is wrapped; what is not wrapped is Ray's word that a worker is gone. The others
+            # then raise too, because they lost their peer.
+            crashed = any(not hasattr(failure, "_base_exc") for failure in failures)
             if not (crashed and restarts_left):
                 for rank, failure in enumerate(failures):
                     log.error("worker %d: %s", rank, failure)  # with its traceback

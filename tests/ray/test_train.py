@@ -2,8 +2,11 @@
 
 import json
 import shutil
+import threading
+import time
 from pathlib import Path
 
+import psutil
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -11,12 +14,12 @@ from safetensors.torch import load_file
 from dualvla.errors import CheckpointError, OutputError, TrainingError, UsageError
 from dualvla_pipelines.train import train
 
-# The smallest model that goes the whole way, on 16 px images; four steps of eight samples.
+# The smallest model that goes the whole way, on 16 px images; four steps of eight samples, in fp32.
 SETTINGS = ["model.image_size=16"]
 FOUR_STEPS = [
     f"{stage}.{key}"
     for stage in ("specialist", "reasoning", "dual")
-    for key in ("steps=4", "batch_size=8", "multimodal_fraction=0.25", "checkpoint_every=2")
+    for key in ("steps=4", "batch_size=8", "multimodal_fraction=0.25", "checkpoint_every=2", "zero.dtype=fp32")
 ]
 
 
@@ -109,6 +112,25 @@ def test_a_damaged_resume_state_costs_steps_not_results(straight, data, tmp_path
     next(newest.rglob("*.pt")).write_bytes(b"not what was hashed")
     run("specialist", data, out)
     assert losses(out) == losses(straight)
+
+
+@pytest.mark.slow
+def test_a_killed_worker_costs_steps_not_results(data, tmp_path, ray_cluster):
+    longer = ("specialist.steps=12", "specialist.checkpoint_every=3")
+    run("specialist", data, tmp_path / "whole", *longer)
+    out = tmp_path / "killed"
+    killer = threading.Thread(target=kill_worker_after, args=(out / "metrics.jsonl", 5))
+    killer.start()
+    run("specialist", data, out, *longer)
+    killer.join()
+    assert losses(out) == losses(tmp_path / "whole")
+
+
+def kill_worker_after(metrics, steps):
+    while not (metrics.exists() and metrics.read_text().count("\n") >= steps):
+        time.sleep(0.01)
+    (worker,) = (p for p in psutil.Process().children(recursive=True) if "RayTrainWorker" in " ".join(p.cmdline()))
+    worker.kill()
 
 
 @pytest.mark.slow
