@@ -138,6 +138,7 @@ def tiny() -> Recipe:
         ),
         specialist=TrainConfig(
             steps=2200,
+            checkpoint_every=550,
             lr=1.5e-3,
             multimodal_fraction=0.125,
             use_reasoning=False,
