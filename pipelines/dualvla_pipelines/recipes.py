@@ -92,13 +92,12 @@ class TrainConfig:
 class EvalConfig:
     """Evaluation of the run's policies. Each dict maps task -> episodes.
 
-    compared: for the specialist, `random`, and the expert sent to a random object. controls: for the specialist on
-    blank images and on another object's instruction. others: for all other policies. videos: filmed rollouts of each.
+    compared: the same for all policies, as a mean over trajectories can be compared on equal episodes only. controls:
+    for the specialist on blank images and on another object's instruction. videos: filmed rollouts a task and policy.
     """
 
     compared: dict[str, int] = field(default_factory=dict)
     controls: dict[str, int] = field(default_factory=dict)
-    others: dict[str, int] = field(default_factory=dict)
     reasoning: str = "auto"
     videos: int = 1
 
@@ -150,7 +149,6 @@ def tiny() -> Recipe:
         eval=EvalConfig(
             compared={**few, "touch": 100, "pick": 20},
             controls={"touch": 100},
-            others={**few, "touch": 20, "pick": 20},
         ),
     )
 
@@ -173,9 +171,7 @@ def tiny_long() -> Recipe:
         specialist=longer(short.specialist),
         reasoning=longer(short.reasoning),
         dual=longer(short.dual),
-        eval=EvalConfig(
-            compared=dict.fromkeys(TASKS, 100), controls={"touch": 100}, others=dict.fromkeys(TASKS, 100), videos=2
-        ),
+        eval=EvalConfig(compared=dict.fromkeys(TASKS, 100), controls={"touch": 100}, videos=2),
     )
 
 
@@ -195,7 +191,7 @@ def debug() -> Recipe:
         specialist=two_steps(short.specialist),
         reasoning=two_steps(short.reasoning),
         dual=two_steps(short.dual),
-        eval=EvalConfig(compared={"touch": 2}, controls={"touch": 1}, others={"touch": 1}),
+        eval=EvalConfig(compared={"touch": 1}, controls={"touch": 1}),
     )
 
 

@@ -116,9 +116,7 @@ def stages(recipe: Recipe, out: str, seed: int, workers: int) -> list[Stage]:
         plan.append(Stage(f"eval {name}", "eval", (*argv, *where, *many)))
     questions = [option for stage in STAGES for option in ("--policy", f"{stage}={at(stage)}")]
     plan.append(Stage("qa", "eval", (*questions, "--suite", f"qa:{at('data')}", "--out", at("qa"), *many)))
-    plan += [
-        Stage(f"score {name}", "score", (at("eval", name), "--judge", "rubric")) for name in ("compared", "others")
-    ]
+    plan.append(Stage("score", "score", (at("eval", "compared"), "--judge", "rubric")))
     plan.append(Stage("report", "report", (out, "--out", at("report"))))
     return plan
 
@@ -134,8 +132,7 @@ def _evaluations(config: EvalConfig, at: Callable[..., str]) -> dict[str, tuple[
 
     specialist, videos = ["specialist"], config.videos
     return {
-        "compared": options(["random", *specialist, "expert-random-object"], config.compared, videos),
-        "others": options(["expert", "reasoning", "dual"], config.others, videos),
+        "compared": options([*_POLICIES, "expert-random-object"], config.compared, videos),
         "blank-images": options(specialist, config.controls, 0, "--ablation", "blank-images"),
         "other-instruction": options(specialist, config.controls, 0, "--ablation", "other-instruction"),
     }
@@ -166,9 +163,7 @@ def _leaves(ours: Mapping[str, Any], theirs: Mapping[str, Any], prefix: str = ""
 
 def policies(results: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
     """Policy -> success per task, VLA Score and its parts, question accuracy, tokens a step, inference time (ms)."""
-    evaluated = {**results["eval compared"]["policies"], **results["eval others"]["policies"]}
-    scored = {**results["score compared"]["policies"], **results["score others"]["policies"]}
-    asked = results["qa"]["policies"]
+    evaluated, scored, asked = (results[stage]["policies"] for stage in ("eval compared", "score", "qa"))
     return {
         name: {
             "tasks": evaluated[name]["tasks"],
