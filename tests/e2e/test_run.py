@@ -24,11 +24,21 @@ STAGE_NAMES = [stage.name for stage in pipeline.stages(get_recipe("debug"), "out
 WHOLE_RUN_S = 900
 
 
-def start(out, *more):
-    command = [sys.executable, "-m", "dualvla", "run", "--recipe", "debug", "--out", str(out), *more]
-    log = Path(f"{out}.log")
-    with log.open("ab") as sink:
-        return subprocess.Popen(command, stdout=sink, stderr=sink), log
+@pytest.fixture(scope="module")
+def start():
+    """start(out) -> (process of `dualvla run`, its log); none outlives the tests."""
+    started = []
+
+    def start_run(out):
+        command = [sys.executable, "-m", "dualvla", "run", "--recipe", "debug", "--out", str(out)]
+        log = Path(f"{out}.log")
+        with log.open("ab") as sink:
+            started.append(subprocess.Popen(command, stdout=sink, stderr=sink))
+        return started[-1], log
+
+    yield start_run
+    for process in started:
+        process.kill()
 
 
 def wait_for_stage(process, log, offset, name):
@@ -54,6 +64,17 @@ def end(process, how):
     return code
 
 
+def pull_the_plug(process):
+    """SIGKILL to the command and all under it at once, as when a machine or a container goes down."""
+    family = [psutil.Process(process.pid), *psutil.Process(process.pid).children(recursive=True)]
+    for member in family:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            member.kill()
+    process.wait(timeout=60)
+    _, alive = psutil.wait_procs(family, timeout=60)
+    assert not alive
+
+
 def outcome(out):
     """All that must not depend on how often a run was interrupted: data bytes, weights, verdicts, answers, scores."""
     out = Path(out)
@@ -70,7 +91,7 @@ def outcome(out):
 
 
 @pytest.fixture(scope="module")
-def uninterrupted(tmp_path_factory):
+def uninterrupted(start, tmp_path_factory):
     out = tmp_path_factory.mktemp("uninterrupted") / "run"
     process, log = start(out)
     assert process.wait(timeout=WHOLE_RUN_S) == 0, log.read_text()
@@ -90,7 +111,7 @@ def test_the_run_ends_with_its_table_and_report(uninterrupted):
 
 
 @pytest.mark.timeout(3600)
-def test_a_run_killed_in_every_stage_ends_as_if_it_had_not_been(uninterrupted, tmp_path, fault_seed):
+def test_a_run_killed_in_every_stage_ends_as_if_it_had_not_been(start, uninterrupted, tmp_path, fault_seed):
     """SIGKILL in the midst of each stage in turn, at a moment drawn from how long that stage takes."""
     rng = random.Random(fault_seed)
     took = json.loads((uninterrupted / "run.json").read_text())["stages"]
@@ -102,7 +123,7 @@ def test_a_run_killed_in_every_stage_ends_as_if_it_had_not_been(uninterrupted, t
         with contextlib.suppress(subprocess.TimeoutExpired):  # a stage that ended sooner this time is as good
             process.wait(timeout=rng.uniform(0, took[name]["wall_s"]))
         if process.poll() is None:
-            end(process, signal.SIGKILL)
+            pull_the_plug(process)
     process, log = start(out)
     assert process.wait(timeout=WHOLE_RUN_S) == 0, log.read_text()
     found, expected = outcome(out), outcome(uninterrupted)
@@ -110,7 +131,7 @@ def test_a_run_killed_in_every_stage_ends_as_if_it_had_not_been(uninterrupted, t
     assert [name for name in found if found[name] != expected[name]] == []
 
 
-def test_ctrl_c_while_training_exits_130_and_the_same_command_goes_on(uninterrupted, tmp_path):
+def test_ctrl_c_while_training_exits_130_and_the_same_command_goes_on(start, uninterrupted, tmp_path):
     out = tmp_path / "run"
     process, log = start(out)
     assert wait_for_stage(process, log, 0, "specialist"), log.read_text()
