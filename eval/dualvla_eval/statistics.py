@@ -1,4 +1,4 @@
-"""Intervals for rates and means. Pure functions on numbers; knows nothing of policies or tasks."""
+"""Intervals for rates and means, and tests for pairs. Pure functions on numbers; knows nothing of policies or tasks."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def wilson(successes: int, n: int) -> Proportion:
     return Proportion(n, successes, rate, low, high)
 
 
-def bootstrap_mean(values: Sequence[float], seed: int = 0) -> tuple[float, float, float]:
+def bootstrap_mean(values: Sequence[float] | np.ndarray, seed: int = 0) -> tuple[float, float, float]:
     """(mean, low, high): the mean and its percentile-bootstrap 95 % interval. Deterministic for a seed.
 
     Raises: ValueError for no values.
@@ -68,3 +68,34 @@ def bootstrap_mean_of_means(groups: Sequence[Sequence[float]], seed: int = 0) ->
     drawn = [a[rng.integers(0, len(a), size=(_RESAMPLES, len(a)))].mean(axis=1) for a in arrays]
     low, high = np.quantile(np.mean(drawn, axis=0), [0.025, 0.975])
     return float(np.mean([a.mean() for a in arrays])), float(low), float(high)
+
+
+def mcnemar(only_first: int, only_second: int) -> float:
+    """Two-sided p-value of the exact McNemar test (binomial on the discordant pairs); 1 where no pair is discordant.
+
+    only_first, only_second: episodes that one of two policies solved and the other did not. Raises: ValueError.
+    """
+    if only_first < 0 or only_second < 0:
+        raise ValueError(f"{only_first} and {only_second} discordant pairs")
+    n, k = only_first + only_second, min(only_first, only_second)
+    tail = sum(math.comb(n, i) for i in range(k + 1))
+    return min(1.0, 2 * tail / 2**n)
+
+
+def paired_difference(first: Sequence[float], second: Sequence[float], seed: int = 0) -> tuple[float, float, float]:
+    """(mean, low, high) of first - second over the same episodes: pairs are resampled, never their halves.
+
+    Raises: ValueError for no pairs or sequences of different lengths.
+    """
+    if len(first) != len(second):
+        raise ValueError(f"{len(first)} values against {len(second)} are no pairs")
+    return bootstrap_mean(np.subtract(first, second), seed)
+
+
+def holm(p_values: Sequence[float]) -> list[float]:
+    """Holm's (1979) adjustment of p-values for being many, in the given order."""
+    adjusted, largest = [0.0] * len(p_values), 0.0
+    for rank, i in enumerate(sorted(range(len(p_values)), key=lambda i: p_values[i])):
+        largest = max(largest, min(1.0, (len(p_values) - rank) * p_values[i]))
+        adjusted[i] = largest
+    return adjusted

@@ -2,8 +2,11 @@
 
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from scipy import stats
 
-from dualvla_eval.statistics import bootstrap_mean, bootstrap_mean_of_means, wilson
+from dualvla_eval.statistics import bootstrap_mean, bootstrap_mean_of_means, holm, mcnemar, paired_difference, wilson
 
 
 @pytest.mark.parametrize(
@@ -50,3 +53,29 @@ def test_bootstrap_interval_holds_the_mean_and_matches_the_normal_one():
 def test_mean_of_means_weighs_groups_equally():
     mean, low, high = bootstrap_mean_of_means([[1.0] * 10, [0.0] * 1000])
     assert (mean, low, high) == (0.5, 0.5, 0.5)
+
+
+@given(st.integers(0, 60), st.integers(0, 60))
+def test_mcnemar_is_the_exact_binomial_test(first, second):
+    expected = stats.binomtest(first, first + second, 0.5).pvalue if first + second else 1.0
+    assert mcnemar(first, second) == pytest.approx(expected)
+
+
+def test_a_thousand_discordant_pairs_do_not_overflow():
+    assert mcnemar(0, 1200) == 0.0
+    assert mcnemar(600, 600) == 1.0
+
+
+def test_pairs_share_their_noise_so_their_difference_is_narrow():
+    rng = np.random.default_rng(0)
+    scene = rng.normal(50, 20, 200)  # easy and hard episodes
+    mean, low, high = paired_difference(scene + 2, scene)
+    assert (mean, low, high) == pytest.approx((2.0, 2.0, 2.0))
+    with pytest.raises(ValueError, match="3 values against 2"):
+        paired_difference([1, 2, 3], [1, 2])
+
+
+def test_holm_follows_the_textbook():
+    assert holm([0.01, 0.04, 0.03, 0.005]) == pytest.approx([0.03, 0.06, 0.06, 0.02])
+    assert holm([]) == []
+    assert holm([0.7, 0.9]) == [1.0, 1.0]
