@@ -34,7 +34,12 @@ def _configure(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--workers", type=int, default=os.cpu_count() or 1, help="worker processes; changes no outcome")
     parser.add_argument("--envs-per-worker", type=int, default=5, help="environments that share one forward pass")
-    parser.add_argument("--videos", type=int, default=2, help="film that many of the first episodes of each task")
+    parser.add_argument(
+        "--videos",
+        default="2",
+        metavar="N | all",
+        help="film that many of the first episodes of each task; a model judge sees filmed episodes only",
+    )
     parser.add_argument("--seed", type=int, default=0, help="seed of the policies' randomness, never of the episodes")
     parser.add_argument(
         "--ablation",
@@ -67,15 +72,27 @@ def _run(arguments: argparse.Namespace) -> dict[str, Any]:
         from dualvla_eval.sweep import SweepConfig, parse_tasks, run_sweep
 
         suite = get_suite(arguments.suite)
+        tasks = parse_tasks(suite, arguments.tasks, arguments.episodes)
         config = SweepConfig(
-            tasks=parse_tasks(suite, arguments.tasks, arguments.episodes),
+            tasks=tasks,
             seed=arguments.seed,
             reasoning=arguments.reasoning,
             envs_per_worker=arguments.envs_per_worker,
-            videos_per_task=arguments.videos,
+            videos_per_task=_videos(arguments.videos, max(tasks.values())),
         )
         summary = run_sweep(arguments.out, suite, refs, config, workers=arguments.workers)
     return {"ok": True, "out": arguments.out, **summary}
+
+
+def _videos(text: str, episodes: int) -> int:
+    """Raises: UsageError."""
+    from dualvla.errors import UsageError
+
+    if text == "all":
+        return episodes
+    if not text.isdecimal():
+        raise UsageError(f"--videos '{text}' is no number of episodes.", "write --videos 2, or --videos all")
+    return int(text)
 
 
 def _render(result: Mapping[str, Any]) -> str:
