@@ -55,7 +55,7 @@ class FrameDifferences:
         """s[t] of every frame, float64 [N]."""
         scores = np.zeros(len(frames))
         if len(frames) >= 3:
-            change_ND = np.diff(_blurred_cells(frames, self.grid), axis=0)
+            change_ND = np.diff(blurred_cells(frames, self.grid), axis=0)
             size_N = _rms(change_ND)
             scores[1:-1] = _rms(np.diff(change_ND, axis=0)) / (size_N[1:] + size_N[:-1] + self.noise)
         return scores
@@ -65,7 +65,7 @@ def _rms(values_ND: np.ndarray) -> np.ndarray:
     return np.sqrt((values_ND * values_ND).mean(axis=1))
 
 
-def _blurred_cells(frames_NHWC: np.ndarray, grid: int) -> np.ndarray:
+def blurred_cells(frames_NHWC: np.ndarray, grid: int) -> np.ndarray:
     """Mean colour of each cell, blurred over its neighbours, float64 [N, cells * channels].
 
     Frames smaller than the grid are taken as they are.
