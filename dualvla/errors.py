@@ -51,6 +51,10 @@ class OutputError(DualVLAError):
     exit_code = 2
 
 
+class StorageError(DualVLAError):
+    """A store (S3 or another) that kept failing, or that was given no credentials."""
+
+
 class PlatformError(DualVLAError):
     """Something this machine lacks: a Vulkan device, an installed extra, a reachable cluster."""
 
@@ -71,6 +75,26 @@ class WireError(DualVLAError):
 
 class ServerError(DualVLAError):
     """A policy endpoint that cannot be reached, refuses the key, does not answer in time, or failed."""
+
+
+class LateError(ServerError):
+    """An observation whose deadline could not be met: refused at once, or at the deadline, never answered late."""
+
+
+class StoppedError(ServerError):
+    """The emergency stop is latched, or its state is not known."""
+
+
+class UnsafeError(ServerError):
+    """An observation that nothing may act on: too old, or from a camera that has frozen."""
+
+
+class BusyError(ServerError):
+    """Over a limit of requests, connections or waiting observations: ask again later."""
+
+
+class SessionLostError(ServerError):
+    """A session that has reached its idle or maximum lifetime, or that belongs to another key."""
 
 
 def did_you_mean(value: str, options: Iterable[str]) -> str:
