@@ -18,7 +18,7 @@ $(INSTALLED): pyproject.toml
 	-$(BIN)/dualvla doctor --install-driver
 	@touch $@
 
-quickstart: install ## the whole of DualVLA at its smallest real size: about 20 minutes on 2 cores, no GPU
+quickstart: install ## the whole of DualVLA at its smallest real size: about 16 minutes on 2 cores, no GPU
 	$(BIN)/dualvla run --recipe tiny --out runs/tiny
 
 lint: install ## style, types, and who may import whom
