@@ -73,13 +73,16 @@ class AsyncPolicyClient:
         assert self._greeting is not None
         return self._greeting.spec
 
-    async def infer(self, observation: Observation, *, deadline_s: float | None = None) -> Reply:
+    async def infer(
+        self, observation: Observation, *, deadline_s: float | None = None, age_s: float | None = None
+    ) -> Reply:
         """One observation, one reply, whose id is checked: a late answer to an earlier one is never taken for this.
 
         deadline_s: an answer is of no use after this long, everything included. The server is told, and refuses at once
-        what it cannot answer in time. Raises then: LateError, and the connection stays.
+        what it cannot answer in time. Raises then: LateError, and the connection stays. age_s: how old the images are;
+        the server refuses what is too old to act on.
         """
-        frame, expected = self._dialogue.request(observation, deadline_s)
+        frame, expected = self._dialogue.request(observation, deadline_s, age_s)
         started = time.perf_counter()
         answer = await self._ask(frame, deadline_s)
         round_trip_ms = (time.perf_counter() - started) * 1000

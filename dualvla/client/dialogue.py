@@ -90,13 +90,15 @@ class Dialogue:
             self._listener(message.get("listener")),
         )
 
-    def request(self, observation: Observation, deadline_s: float | None) -> tuple[bytes, str]:
+    def request(self, observation: Observation, deadline_s: float | None, age_s: float | None) -> tuple[bytes, str]:
         """The frame to send, and the id that its answer must carry."""
         message = messages.observation_to_wire(observation)
         message |= {f"images/{name}": images.encode(image, self.options) for name, image in observation.images.items()}
         message["id"] = observation.id or uuid.uuid4().hex
         if deadline_s is not None:
             message["deadline_ms"] = deadline_s * 1000
+        if age_s is not None:
+            message["age_ms"] = age_s * 1000
         return pack(message), message["id"]
 
     def reply(self, frame: bytes | str, expected: str, observation: Observation, round_trip_ms: float) -> Reply:

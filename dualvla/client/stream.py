@@ -11,9 +11,10 @@ Pacing is the robot's: call `step` once a control period.
 
 from __future__ import annotations
 
+import json
 import logging
 import time
-from concurrent.futures import Future
+from concurrent import futures
 from dataclasses import dataclass
 from types import TracebackType
 from typing import Literal
@@ -23,11 +24,14 @@ import numpy as np
 from dualvla.client.chunks import ChunkBuffer
 from dualvla.client.dialogue import Reply
 from dualvla.client.synchronous import PolicyClient
-from dualvla.errors import LateError, ServerError, StoppedError, UsageError
+from dualvla.errors import LateError, ServerError, StoppedError, UnsafeError, UsageError
 from dualvla.hold import hold_action
 from dualvla.schema import ACTION_SPACES, Observation
+from dualvla.wire import messages
 
 log = logging.getLogger("dualvla.client")
+
+_AT_ONCE = (StoppedError, UnsafeError)  # what is left of the chunk is not to be trusted, either
 
 
 @dataclass(frozen=True)
@@ -61,7 +65,7 @@ class Command:
 @dataclass(frozen=True)
 class _Asked:
     step: int
-    future: Future[Reply]
+    future: futures.Future[Reply]
 
 
 class ActionStream:
@@ -80,6 +84,7 @@ class ActionStream:
         self._step = 0  # actions executed so far
         self._asked: _Asked | None = None
         self._last: np.ndarray | None = None
+        self._holding = False
 
     def step(self, observation: Observation) -> Command:
         """The action for this control period; `observation` is what the robot sees now.
@@ -90,15 +95,17 @@ class ActionStream:
         reply, error = self._collect(wait_s=0.0)
         self._ask_if_low(observation)
         while self._buffer.remaining(self._step) == 0 and error is None:
-            fresh, error = self._collect(wait_s=max(0.0, until - time.monotonic()))
-            reply = fresh or reply
-            if fresh is None:
-                error = error or LateError(f"No action within {self._options.deadline_s:g} s.")
+            reply, error = self._collect(wait_s=max(0.0, until - time.monotonic()))
+            if reply is None and error is None:
+                error = LateError(f"No action within {self._options.deadline_s:g} s.")
             self._ask_if_low(observation)
-        action = None if isinstance(error, StoppedError) else self._buffer.action(self._step)
+        action = self._buffer.action(self._step)
         if action is None:
             assert error is not None
             return self._hold(error)
+        if self._holding:
+            log.info("moving again")
+        self._holding = False
         self._step += 1
         self._last = action
         return Command(action, reply=reply)
@@ -128,27 +135,32 @@ class ActionStream:
             self._asked = _Asked(self._step, future)
 
     def _collect(self, wait_s: float) -> tuple[Reply | None, ServerError | None]:
-        """The answer to what was asked for, if it comes within wait_s: into the buffer."""
+        """The answer to what was asked for, if it comes within wait_s; its actions into the buffer."""
         if self._asked is None:
             return None, None
         asked = self._asked
-        try:
-            reply = asked.future.result(wait_s)
-        except ServerError as error:
-            self._asked = None
-            if isinstance(error, StoppedError):
-                self._buffer.clear()
-            return None, error
-        except TimeoutError:
+        done, _ = futures.wait([asked.future], wait_s)
+        if not done:
             return None, None
         self._asked = None
+        try:
+            reply = asked.future.result()
+            if reply["fault"] is not None:
+                raise messages.error_from_text(json.dumps({"error": reply["fault"]}))
+        except ServerError as error:
+            if isinstance(error, _AT_ONCE):
+                self._buffer.clear()
+                self._step = 0
+            return None, error
         self._buffer.add(reply["actions"], asked.step, self._step)
         return reply, None
 
     def _hold(self, error: ServerError) -> Command:
         if self._options.on_silence == "raise":
             raise error
-        log.warning("holding still: %s", error)
+        if not self._holding:
+            log.warning("holding still: %s", error)
+        self._holding = True
         return Command(hold_action(self._space, self._last), held=True, error=error)
 
     def _give_up(self) -> None:

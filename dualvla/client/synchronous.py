@@ -48,14 +48,16 @@ class PolicyClient:
         """What the endpoint's policy expects and answers."""
         return wait_for(in_background(self._client.spec()))
 
-    def infer(self, observation: Observation, *, deadline_s: float | None = None) -> Reply:
+    def infer(self, observation: Observation, *, deadline_s: float | None = None, age_s: float | None = None) -> Reply:
         """One observation, one reply: {"actions": float32 [H, D], "reasoning", "keyframe", "reasoning_tokens", "id",
         "server_timing" and "policy_timing" in ms, "round_trip_ms"}. See AsyncPolicyClient.infer."""
-        return wait_for(self.submit(observation, deadline_s=deadline_s))
+        return wait_for(self.submit(observation, deadline_s=deadline_s, age_s=age_s))
 
-    def submit(self, observation: Observation, *, deadline_s: float | None = None) -> Future[Reply]:
+    def submit(
+        self, observation: Observation, *, deadline_s: float | None = None, age_s: float | None = None
+    ) -> Future[Reply]:
         """As `infer`, without waiting: the future has the reply or the error."""
-        return in_background(self._client.infer(observation, deadline_s=deadline_s))
+        return in_background(self._client.infer(observation, deadline_s=deadline_s, age_s=age_s))
 
     def reset(self) -> None:
         """The policy forgets this session's past, as at the start of an episode."""
