@@ -7,9 +7,13 @@ equal the loss of the global batch exactly.
 
 from __future__ import annotations
 
+import math
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from dualvla.models.config import Divergence
 
 
 def masked_mean(values: Tensor, mask: Tensor, count: Tensor | None = None) -> Tensor:
@@ -21,21 +25,42 @@ def masked_mean(values: Tensor, mask: Tensor, count: Tensor | None = None) -> Te
     return total / torch.where(number > 0, number, torch.ones_like(number))
 
 
+def divergence(
+    student_logits: Tensor, teacher_logits: Tensor, temperature: float, kind: Divergence = "forward", mix: float = 0.5
+) -> Tensor:
+    """Between the categorical distributions p (teacher) and q (student), both softened by T; [..., V] -> [...].
+
+    forward KL(p || q) (Eq. 5 and 6); reverse KL(q || p); mixed: mix x forward + (1 - mix) x reverse; jensen-shannon:
+    mix x KL(p || m) + (1 - mix) x KL(q || m) with m = mix p + (1 - mix) q. Each is 0 iff p = q (0 < mix < 1).
+    In float32, or float64 where the student's logits are.
+    """
+    p = F.log_softmax(_wide(teacher_logits) / temperature, dim=-1)
+    q = F.log_softmax(_wide(student_logits) / temperature, dim=-1)
+    if kind == "forward":
+        return _kl(p, q)
+    if kind == "reverse":
+        return _kl(q, p)
+    if kind == "mixed":
+        return mix * _kl(p, q) + (1.0 - mix) * _kl(q, p)
+    m = torch.logaddexp(p + math.log(mix), q + math.log1p(-mix))
+    return mix * _kl(p, m) + (1.0 - mix) * _kl(q, m)
+
+
 def token_kd(
     student_logits: Tensor,
     teacher_logits: Tensor,
     mask: Tensor,
     temperature: float,
     count: Tensor | None = None,
+    kind: Divergence = "forward",
+    mix: float = 0.5,
 ) -> Tensor:
-    """T^2 x mean over unmasked tokens of KL(teacher || student), both softened by T (Eq. 6; Eq. 5 for token heads).
+    """T^2 x mean over unmasked tokens of `divergence` (Eq. 6).
 
     Logits [B, T, V], mask [B, T]. A scalar in the student's dtype; 0 for an empty mask.
     """
-    teacher = F.log_softmax(teacher_logits.float() / temperature, dim=-1)
-    student = F.log_softmax(student_logits.float() / temperature, dim=-1)
-    kl_BT = F.kl_div(student, teacher, reduction="none", log_target=True).sum(dim=-1)
-    return (temperature**2 * masked_mean(kl_BT, mask, count)).to(student_logits.dtype)
+    apart_BT = divergence(student_logits, teacher_logits, temperature, kind, mix)
+    return (temperature**2 * masked_mean(apart_BT, mask, count)).to(student_logits.dtype)
 
 
 def flow_mse(velocity: Tensor, target: Tensor, mask: Tensor, count: Tensor | None = None) -> Tensor:
@@ -62,6 +87,15 @@ def flow_kd(
     error_BH = (student_velocity - teacher_velocity).square().mean(dim=-1)
     weight_B1 = torch.as_tensor(weight, dtype=error_BH.dtype, device=error_BH.device).reshape(-1, 1)
     return 0.5 * masked_mean(error_BH * weight_B1, _steps(mask, student_velocity), count)
+
+
+def _kl(p: Tensor, q: Tensor) -> Tensor:
+    """KL(p || q) of log-probabilities [..., V]."""
+    return F.kl_div(q, p, reduction="none", log_target=True).sum(dim=-1)
+
+
+def _wide(logits: Tensor) -> Tensor:
+    return logits if logits.dtype == torch.float64 else logits.float()
 
 
 def _steps(mask: Tensor, velocity: Tensor) -> Tensor:

@@ -15,6 +15,7 @@ from dualvla.errors import UsageError, did_you_mean
 from dualvla.schema import ACTION_SPACES, ActionSpace
 
 Adapter = Literal["action", "language"]
+Divergence = Literal["forward", "reverse", "mixed", "jensen-shannon"]
 
 
 @dataclass(frozen=True)
@@ -58,6 +59,15 @@ class LossWeights:
     position: float = 0.5
     kd: float = 0.15  # lambda of Eq. 7
     temperature: float = 2.0  # of token distillation (Eq. 6)
+    divergence: Divergence = "forward"  # of token distillation; see `distill.losses.divergence`
+    divergence_mix: float = 0.5  # of "mixed" and "jensen-shannon"
+
+    def __post_init__(self) -> None:
+        if self.divergence in ("mixed", "jensen-shannon") and not 0.0 < self.divergence_mix < 1.0:
+            raise UsageError(
+                f"divergence_mix = {self.divergence_mix} of a {self.divergence} divergence.",
+                "pass a number between 0 and 1, or choose divergence forward or reverse",
+            )
 
 
 @dataclass(frozen=True)

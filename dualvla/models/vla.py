@@ -209,7 +209,13 @@ class VLA(nn.Module):
         if "logits" in targets:  # Eq. 6
             teacher = targets["logits"]
             terms["kd_token"] = token_kd(
-                logits, teacher, masks["kd_token"], weights.temperature, count=number["kd_token"]
+                logits,
+                teacher,
+                masks["kd_token"],
+                weights.temperature,
+                count=number["kd_token"],
+                kind=weights.divergence,
+                mix=weights.divergence_mix,
             )
         loss = sum(getattr(weights, "kd" if name.startswith("kd_") else name) * term for name, term in terms.items())
         return {"loss": loss, **{name: term.detach() for name, term in terms.items()}}

@@ -5,7 +5,11 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dualvla.distill.losses import flow_kd, flow_mse, token_kd
+from dualvla.distill.losses import divergence, flow_kd, flow_mse, token_kd
+from dualvla.errors import UsageError
+from dualvla.models.config import LossWeights
+
+KINDS = ("forward", "reverse", "mixed", "jensen-shannon")
 
 
 def _logits(seed: int, dtype: torch.dtype = torch.float32) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -29,32 +33,58 @@ def test_token_kd_is_torchs_kl_divergence(temperature: float) -> None:
     assert token_kd(student, teacher, mask, temperature).item() == pytest.approx(expected, rel=1e-5)
 
 
-@settings(max_examples=30, deadline=None)
-@given(seed=st.integers(0, 10_000), shift=st.floats(-50, 50))
-def test_token_kd_is_zero_only_for_the_same_distribution(seed: int, shift: float) -> None:
+@pytest.mark.parametrize("temperature", [1.0, 3.0])
+def test_every_divergence_is_made_of_torchs_kl(temperature: float) -> None:
+    student, teacher, _ = _logits(0, torch.float64)
+    p = torch.distributions.Categorical(logits=teacher / temperature)
+    q = torch.distributions.Categorical(logits=student / temperature)
+    m = torch.distributions.Categorical(probs=0.3 * p.probs + 0.7 * q.probs)
+    kl = torch.distributions.kl_divergence
+    expected = {
+        "forward": kl(p, q),
+        "reverse": kl(q, p),
+        "mixed": 0.3 * kl(p, q) + 0.7 * kl(q, p),
+        "jensen-shannon": 0.3 * kl(p, m) + 0.7 * kl(q, m),
+    }
+    for kind in KINDS:
+        ours = divergence(student, teacher, temperature, kind, mix=0.3)
+        torch.testing.assert_close(ours, expected[kind], atol=1e-10, rtol=1e-10)
+
+
+@settings(max_examples=20, deadline=None)
+@given(seed=st.integers(0, 10_000), shift=st.floats(-50, 50), kind=st.sampled_from(KINDS))
+def test_token_kd_is_zero_only_for_the_same_distribution(seed: int, shift: float, kind: str) -> None:
     student, teacher, mask = _logits(seed)
-    assert token_kd(teacher + shift, teacher, mask, 2.0).item() == pytest.approx(0.0, abs=1e-4)
-    assert token_kd(student, teacher, mask, 2.0).item() > 1e-3
+    assert token_kd(teacher + shift, teacher, mask, 2.0, kind=kind).item() == pytest.approx(0.0, abs=1e-4)
+    assert token_kd(student, teacher, mask, 2.0, kind=kind).item() > 1e-3
 
 
-@settings(max_examples=30, deadline=None)
-@given(seed=st.integers(0, 10_000))
-def test_masked_entries_change_neither_value_nor_gradient(seed: int) -> None:
+@settings(max_examples=20, deadline=None)
+@given(seed=st.integers(0, 10_000), kind=st.sampled_from(KINDS))
+def test_masked_entries_change_neither_value_nor_gradient(seed: int, kind: str) -> None:
     student, teacher, mask = _logits(seed)
     student.requires_grad_(True)
-    token_kd(student, teacher, mask, 2.0).backward()
+    token_kd(student, teacher, mask, 2.0, kind=kind).backward()
     assert (student.grad[~mask] == 0).all()
-    disturbed = torch.where(mask.unsqueeze(-1), teacher, teacher + 100.0)
-    assert token_kd(student, disturbed, mask, 2.0) == token_kd(student, teacher, mask, 2.0)
+    disturbed = torch.where(mask.unsqueeze(-1), teacher, 100.0 * teacher.flip(-1))
+    assert token_kd(student, disturbed, mask, 2.0, kind=kind) == token_kd(student, teacher, mask, 2.0, kind=kind)
 
 
-def test_gradients_match_finite_differences() -> None:
+@pytest.mark.parametrize("mix", [0.0, 1.0, 1.5])
+def test_a_mix_that_leaves_one_side_out_is_refused(mix: float) -> None:
+    with pytest.raises(UsageError, match="divergence_mix"):
+        LossWeights(divergence="jensen-shannon", divergence_mix=mix)
+    LossWeights(divergence="reverse", divergence_mix=mix)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_gradients_of_token_kd_match_finite_differences(kind: str) -> None:
     student, teacher, mask = _logits(1, torch.float64)
-    # token_kd works in float32 inside, so finite differences need a coarse step
     student.requires_grad_(True)
-    assert torch.autograd.gradcheck(
-        lambda s: token_kd(s, teacher, mask, 2.0), (student,), eps=1e-2, atol=2e-3, nondet_tol=0.0
-    )
+    assert torch.autograd.gradcheck(lambda s: token_kd(s, teacher, mask, 2.0, kind=kind, mix=0.3), (student,))
+
+
+def test_gradients_of_flow_kd_match_finite_differences() -> None:
     velocity = torch.randn(3, 4, 7, dtype=torch.float64, requires_grad=True)
     target, keep = torch.randn(3, 4, 7, dtype=torch.float64), torch.tensor([True, False, True])
     weight = torch.tensor([0.5, 1.0, 2.0], dtype=torch.float64)
