@@ -3,6 +3,7 @@
     episodes.parquet                                one row an episode, sorted, never two for one key
     trajectories/<policy>-<task>-<episode>.parquet  one row a step, and a closing row without action
     videos/<policy>-<task>-<episode>.mp4
+    frames/<policy>-<task>-<episode>.parquet        pictures that a judge has taken out of a film
     summary.json                                    rates, means, termination rule, conventions
     parts/*.parquet                                 the rows of one work item each: the sweep's durable progress
 
@@ -20,6 +21,7 @@ import numpy as np
 import pyarrow as pa
 
 from dualvla.io import dataset, storage
+from dualvla_eval.frames import Frames
 from dualvla_eval.rollout import EpisodeResult
 from dualvla_eval.suites import Episode
 
@@ -73,7 +75,8 @@ class Trajectory:
     """A recorded episode: its row of episodes.parquet and its T steps.
 
     actions: float32 [T, D]. Poses and states have one more entry, where the last action led: ee_pose float64 [T + 1, 6]
-    (m, rad), gripper float64 [T + 1, arms], states T + 1 dicts. reasoning, keyframe, events: T entries.
+    (m, rad), gripper float64 [T + 1, arms], states T + 1 dicts. reasoning, keyframe, events: T entries. frames: its
+    film, None if it was not filmed.
     """
 
     row: Mapping[str, Any]
@@ -84,6 +87,7 @@ class Trajectory:
     reasoning: tuple[str | None, ...]
     keyframe: tuple[bool, ...]
     events: tuple[tuple[str, ...], ...]
+    frames: Frames | None = None
 
     @property
     def num_steps(self) -> int:
@@ -97,8 +101,11 @@ def stem(policy: str, task: str, variant: str, episode_id: int) -> str:
 
 
 def trajectory_url(folder: str, row: Mapping[str, Any]) -> str:
-    name = stem(row["policy"], row["task"], row["variant"], row["episode_id"])
-    return storage.join(folder, "trajectories", f"{name}.parquet")
+    return storage.join(folder, "trajectories", f"{row_stem(row)}.parquet")
+
+
+def row_stem(row: Mapping[str, Any]) -> str:
+    return stem(row["policy"], row["task"], row["variant"], row["episode_id"])
 
 
 def part_url(folder: str, name: str) -> str:
@@ -166,7 +173,16 @@ def write_trajectory(folder: str, row: Mapping[str, Any], result: EpisodeResult)
 
 def read_trajectory(folder: str, row: Mapping[str, Any]) -> Trajectory:
     """Raises: DataError if its file is missing or damaged."""
-    steps = dataset.read_table(trajectory_url(folder, row), TRAJECTORY_SCHEMA.names).to_pylist()
+    frames = None
+    if row["video"] is not None:
+        kept = storage.join(folder, "frames", f"{row_stem(row)}.parquet")
+        frames = Frames(storage.join(folder, row["video"]), kept)
+    return load_trajectory(trajectory_url(folder, row), row, frames)
+
+
+def load_trajectory(url: str, row: Mapping[str, Any], frames: Frames | None) -> Trajectory:
+    """Raises: DataError if the file is missing or damaged."""
+    steps = dataset.read_table(url, TRAJECTORY_SCHEMA.names).to_pylist()
     acted = steps[:-1]
     return Trajectory(
         row=row,
@@ -177,6 +193,7 @@ def read_trajectory(folder: str, row: Mapping[str, Any]) -> Trajectory:
         reasoning=tuple(s["reasoning"] for s in acted),
         keyframe=tuple(s["keyframe"] for s in acted),
         events=tuple(tuple(s["events"]) for s in acted),
+        frames=frames,
     )
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, overload
 
 import numpy as np
 import pyarrow as pa
@@ -16,12 +16,12 @@ import pyarrow as pa
 from dualvla import console
 from dualvla.errors import UsageError
 from dualvla.io import dataset, manifest, storage
-from dualvla_eval import results, statistics
+from dualvla_eval import decomposition, results, statistics
 from dualvla_eval.judges.base import SCALE, Judge, Verdict
+from dualvla_eval.results import Trajectory
 
 SCORES = "scores.parquet"
 VLA_SCORE = "vla_score.json"
-_BATCH = 64
 
 SCORE_SCHEMA = pa.schema(
     [
@@ -39,6 +39,10 @@ SCORE_SCHEMA = pa.schema(
         ("unjudged", pa.string()),  # why there is no verdict
         ("without_reasoning", pa.bool_()),  # a reasoning policy that said nothing: R = RA = 0
         ("explanation", pa.string()),  # JSON: dimension -> [{name, points, detail}]
+        ("judge", pa.string()),
+        ("rationale", pa.string()),  # the judge's own words
+        ("judge_success", pa.bool_()),  # what it thinks of success: recorded, never used
+        ("examples", pa.string()),  # JSON: ids of the knowledge base's entries that it was shown
     ]
 )
 
@@ -65,49 +69,76 @@ def vla_score(
     return (reasoning + action * intention) / 2 * alignment * success
 
 
-def score_folder(folder: str, judge: Judge) -> dict[str, Any]:
-    """Judges every episode of a finished evaluation; writes scores.parquet and vla_score.json and returns the latter.
+class Recorded(Sequence[Trajectory]):
+    """The trajectories of an evaluation folder, each read when it is asked for: thousands would not fit into memory."""
 
-    Returns at once if the same judge has judged the same evaluation.
+    def __init__(self, folder: str, rows: Sequence[Mapping[str, Any]]):
+        self.folder, self.rows = folder, rows
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    @overload
+    def __getitem__(self, index: int) -> Trajectory: ...
+    @overload
+    def __getitem__(self, index: slice) -> Recorded: ...
+    def __getitem__(self, index: int | slice) -> Trajectory | Recorded:
+        """Raises: DataError if the file of a trajectory is missing or damaged."""
+        if isinstance(index, slice):
+            return Recorded(self.folder, self.rows[index])
+        return results.read_trajectory(self.folder, self.rows[index])
+
+
+def require_rollouts(folder: str) -> str:
+    """The digest of a finished evaluation of a simulator.
+
     Raises: DataError if it is no finished evaluation; UsageError for a suite of questions.
     """
-    found = manifest.require(folder, results.KIND)
-    if found["suite"] == "qa":
+    if manifest.require(folder, results.KIND)["suite"] == "qa":
         raise UsageError(
             f"'{folder}' holds answers to questions, not trajectories.", "score an evaluation of a simulator"
         )
-    inputs = {"judge": judge.name, "evaluation": manifest.file_digest(storage.join(folder, manifest.NAME))}
+    return manifest.file_digest(storage.join(folder, manifest.NAME))
+
+
+def score_folder(folder: str, judge: Judge) -> dict[str, Any]:
+    """Judges every episode of a finished evaluation; writes scores.parquet and vla_score.json and returns the latter.
+
+    Returns at once if the same judge has judged the same evaluation and nothing is left to try again.
+    Raises: see `require_rollouts`, and what the judge raises.
+    """
+    inputs = {"judge": manifest.digest(judge.identity), "evaluation": require_rollouts(folder)}
     url = storage.join(folder, VLA_SCORE)
-    if storage.exists(url) and results.read_json(url)["inputs"] == inputs:
-        return {**results.read_json(url), "skipped": True}
+    if storage.exists(url):
+        before = results.read_json(url)
+        if before["inputs"] == inputs and not before["try_again"]:
+            return {**before, "skipped": True}
 
     episodes = results.read_episodes(folder)
-    rows: list[dict[str, Any]] = []
-    with console.progress(f"judge {judge.name}", len(episodes)) as advance:
-        for start in range(0, len(episodes), _BATCH):
-            batch = episodes[start : start + _BATCH]
-            rows += _judge_batch(folder, judge, batch)
-            advance(len(batch))
+    recorded = Recorded(folder, [e for e in episodes if e["stop_reason"] != "crashed"])
+    with console.progress(f"judge {judge.name}", len(recorded)) as advance:
+        verdicts = dict(zip(map(_key, recorded.rows), judge.judge(recorded, advance), strict=True))
+    nothing = Verdict(unjudged="the episode crashed: nothing was recorded")
+    rows = [_row(e, verdicts.get(_key(e), nothing), judge.name) for e in episodes]
     dataset.write_table(storage.join(folder, SCORES), pa.Table.from_pylist(rows, schema=SCORE_SCHEMA))
-    scored = {"judge": judge.name, "inputs": inputs, "policies": summarise(rows), "interval": "bootstrap, 95 %"}
+    scored = {
+        "judge": judge.name,
+        "inputs": inputs,
+        "policies": summarise(rows),
+        "differences": decomposition.differences(rows),
+        "interval": "bootstrap, 95 %",
+        "try_again": sum(v.passing for v in verdicts.values()),  # no answer this time: not judged, not remembered
+        "usage": judge.usage(),
+    }
     results.write_json(url, scored)
     return {**scored, "skipped": False}
-
-
-def _judge_batch(folder: str, judge: Judge, episodes: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    recorded = [e for e in episodes if e["stop_reason"] != "crashed"]
-    trajectories = [results.read_trajectory(folder, e) for e in recorded]
-    keys = [_key(e) for e in recorded]
-    verdicts = dict(zip(keys, judge.judge(trajectories), strict=True))
-    nothing = Verdict(unjudged="the episode crashed: nothing was recorded")
-    return [_row(e, verdicts.get(_key(e), nothing)) for e in episodes]
 
 
 def _key(episode: Mapping[str, Any]) -> tuple[Any, ...]:
     return tuple(episode[name] for name in results.EPISODE_KEY)
 
 
-def _row(episode: Mapping[str, Any], verdict: Verdict) -> dict[str, Any]:
+def _row(episode: Mapping[str, Any], verdict: Verdict, judge: str) -> dict[str, Any]:
     reasons = episode["policy_kind"] == "reasoning"
     silent = reasons and episode["reasoning_steps"] == 0
     reasoning, alignment = (0.0, 0.0) if silent else (verdict.reasoning, verdict.alignment)
@@ -136,6 +167,10 @@ def _row(episode: Mapping[str, Any], verdict: Verdict) -> dict[str, Any]:
         "unjudged": verdict.unjudged,
         "without_reasoning": silent,
         "explanation": json.dumps(explanation, sort_keys=True),
+        "judge": judge,
+        "rationale": verdict.rationale,
+        "judge_success": verdict.success,
+        "examples": json.dumps(verdict.examples),
     }
 
 
@@ -159,11 +194,15 @@ def _summarise(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     judged = [r for r in rows if r["unjudged"] is None]
     scores = [100 * r["score"] for r in judged]
     mean, low, high = statistics.bootstrap_mean(scores) if scores else (None, None, None)
+    # Eq. 8 is at most B: a failure is 0 however it would have been judged.
+    best = sum(scores) + 100 * sum(r["success"] for r in rows if r["unjudged"] is not None)
     return {
         "n": len(rows),
         "score": mean,
         "low": low,
         "high": high,
+        "worst": sum(scores) / len(rows),  # if every unjudged trajectory were worth nothing
+        "best": best / len(rows),  # ... or, where it was a success, everything
         **{part: _mean_percent([r[part] for r in judged]) for part in ("A", "I", "R", "RA")},
         "success": 100 * float(np.mean([r["success"] for r in rows])),
         "unjudged": len(rows) - len(judged),

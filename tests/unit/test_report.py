@@ -123,5 +123,5 @@ def test_a_reasoning_policy_that_says_nothing_has_no_reasoning_and_no_alignment(
 def test_an_unknown_judge_is_named_with_the_nearest_one():
     with pytest.raises(UsageError, match="did you mean 'rubric'"):
         get_judge("rubrik")
-    with pytest.raises(UsageError, match="choose from: rubric"):
-        get_judge("openai:gpt-4o")
+    with pytest.raises(UsageError, match="choose from: .*rubric"):
+        get_judge("gpt-4o")

@@ -6,12 +6,13 @@ no picture and calls no model. A text is parsed by a fixed grammar: nothing in i
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
-from dualvla_eval.judges.base import SCALE, Contribution, Verdict
+from dualvla_eval.judges.base import SCALE, Advance, Contribution, Verdict, unheard
 from dualvla_eval.judges.oracle import Truth, read_state, truths
 from dualvla_eval.reasoning import StatedReasoning, Step, parse
 from dualvla_eval.results import Trajectory
@@ -25,7 +26,8 @@ _MOST_REVERSALS = 0.25
 _DETOUR = 1.3  # path over the straight way that is as good as the expert's
 _LIFT_M, _CARRY_M = 0.05, 0.11
 _FALL_M = 0.03
-_WRONG_CONTACT_POINTS, _DROP_POINTS, _MOST_PENALTIES = 2.5, 2.0, 2
+_WRONG_CONTACT_POINTS, _DROP_POINTS, _COLLISION_POINTS, _MOST_PENALTIES = 2.5, 2.0, 1.5, 2
+_KNOCKED_M = 0.02
 _SERVING_SHARE = 0.9
 _STRAIGHT = 0.6  # an approach may wander this much and still count fully
 _OVER_M = 0.05  # nearer than this, horizontally, the tool is over an object
@@ -69,10 +71,18 @@ class _Statement:
 class RubricJudge:
     """See the module."""
 
-    name = "rubric-1"
+    name = "rubric-2"
+    identity: Mapping[str, Any] = {"judge": name}
 
-    def judge(self, trajectories: Sequence[Trajectory]) -> list[Verdict]:
-        return [_judge(t) for t in trajectories]
+    def judge(self, trajectories: Sequence[Trajectory], advance: Advance = unheard) -> list[Verdict]:
+        found = []
+        for trajectory in trajectories:
+            found.append(_judge(trajectory))
+            advance(1)
+        return found
+
+    def usage(self) -> None:
+        return None
 
 
 def _judge(trajectory: Trajectory) -> Verdict:
@@ -123,6 +133,10 @@ def _action(e: _Evidence) -> list[Contribution]:
     if drops:
         penalty = -_DROP_POINTS * min(len(drops), _MOST_PENALTIES)
         found.append(Contribution("drop", penalty, f"let it fall at step {', '.join(map(str, drops))}"))
+    collisions = _collisions(e)
+    if collisions:
+        penalty = -_COLLISION_POINTS * min(len(collisions), _MOST_PENALTIES)
+        found.append(Contribution("collision", penalty, "; ".join(collisions)))
     return found
 
 
@@ -192,6 +206,21 @@ def _drops(e: _Evidence) -> list[int]:
     return found
 
 
+def _collisions(e: _Evidence) -> list[str]:
+    """The arm's blows against the table and the place, and what the carried object knocked aside, each told once."""
+    first, last = e.states[0], e.states[-1]
+    found = []
+    for name in ("table", first.reference):
+        hits = [name is not None and "robot" in s.touching(name) for s in e.states]
+        starts = [t for t, hit in enumerate(hits) if hit and not (t and hits[t - 1])]
+        found += [f"the arm hit the {name} at step {t}" for t in starts]
+    for before, after in zip(first.objects, last.objects, strict=True):
+        moved = float(np.hypot(*np.subtract(after.position[:2], before.position[:2])))
+        if before.name != first.target and before.name not in last.touched and moved > _KNOCKED_M:
+            found.append(f"the {before.name} was knocked aside by {100 * moved:.0f} cm")
+    return found
+
+
 # --- I: whether it moved for the task ---------------------------------------------------------------------------------
 
 
@@ -248,7 +277,7 @@ def _statements(trajectory: Trajectory) -> list[_Statement]:
 
 def _reasoning(e: _Evidence, statements: Sequence[_Statement]) -> list[Contribution]:
     """Every text is compared with the truth at the steps at which it was written."""
-    target, subtask, plan, unread = [], [], [], 0
+    target, relation, subtask, plan, unread = [], [], [], [], 0
     for s in statements:
         written = [t for t in range(s.start, s.stop) if t == s.start or e.trajectory.keyframe[t]]
         if s.stated is None:
@@ -256,14 +285,26 @@ def _reasoning(e: _Evidence, statements: Sequence[_Statement]) -> list[Contribut
         for t in written:
             truth = e.truth[t].stated
             target.append(float(s.stated is not None and s.stated.target == truth.target))
+            if _relations(truth):
+                relation.append(float(s.stated is not None and _relations(s.stated) == _relations(truth)))
             subtask.append(_same_subtask(s.stated, truth))
             plan.append(_same_plan(s.stated, truth))
     said = f"of {len(target)} texts" + (f", {unread} not of the grammar" if unread else "")
-    return [
-        Contribution("stated object", 4 * float(np.mean(target)), f"right in {sum(target):.0f} {said}"),
+    object_points = 2.5 if relation else 4.0  # a task with one object has no relation to state
+    found = [
+        Contribution("stated object", object_points * float(np.mean(target)), f"right in {sum(target):.0f} {said}"),
         Contribution("stated subtask", 4 * float(np.mean(subtask)), f"agrees {np.mean(subtask):.0%} {said}"),
         Contribution("stated plan", 2 * float(np.mean(plan)), f"agrees {np.mean(plan):.0%} {said}"),
     ]
+    if relation:
+        points = (4.0 - object_points) * float(np.mean(relation))
+        found.append(Contribution("stated relation", points, f"right in {sum(relation):.0f} {said}"))
+    return found
+
+
+def _relations(stated: StatedReasoning) -> set[tuple[str, str | None, str | None]]:
+    """What is to be brought where: (object, link, other object) of the plan and the subtask."""
+    return {(s.target, s.link, s.reference) for s in (*stated.plan, stated.subtask) if s.link is not None}
 
 
 def _same_subtask(stated: StatedReasoning | None, truth: StatedReasoning) -> float:
