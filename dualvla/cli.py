@@ -46,7 +46,7 @@ _EXTRA_OF = {
     "ray": "data", "pyarrow": "data", "pandas": "data", "fsspec": "data", "s3fs": "data", "PIL": "data",
     "mani_skill": "sim", "sapien": "sim", "gymnasium": "sim", "av": "sim", "jinja2": "sim",
     "fastapi": "serve", "uvicorn": "serve", "starlette": "serve", "pydantic": "serve", "requests": "serve",
-    "openai": "judge",
+    "openai": "judge", "scipy": "judge",
     "dualvla_pipelines": "all", "dualvla_eval": "all", "dualvla_serve": "all", "dualvla_cluster": "all",
 }  # fmt: skip
 
