@@ -44,7 +44,8 @@ class _Parser(argparse.ArgumentParser):
 _EXTRA_OF = {
     "torch": "train", "transformers": "train", "deepspeed": "train", "safetensors": "train",
     "ray": "data", "pyarrow": "data", "pandas": "data", "fsspec": "data", "s3fs": "data", "PIL": "data",
-    "mani_skill": "sim", "sapien": "sim", "gymnasium": "sim", "av": "sim", "jinja2": "sim",
+    "av": "data", "google_crc32c": "data",
+    "mani_skill": "sim", "sapien": "sim", "gymnasium": "sim", "jinja2": "sim",
     "fastapi": "serve", "uvicorn": "serve", "starlette": "serve", "pydantic": "serve", "requests": "serve",
     "openai": "judge", "scipy": "judge",
     "dualvla_pipelines": "all", "dualvla_eval": "all", "dualvla_serve": "all", "dualvla_cluster": "all",

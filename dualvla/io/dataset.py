@@ -94,6 +94,15 @@ def read_table(url: str, columns: Sequence[str] | None = None, optional: Sequenc
         ) from error
 
 
+@dataclass(frozen=True)
+class Part:
+    """What the writer of a part file knows of it. episodes: different episode_ids in it, none of which is elsewhere."""
+
+    sha256: str
+    rows: int
+    episodes: int
+
+
 def finish_dataset(
     folder: str,
     config: Mapping[str, Any],
@@ -101,15 +110,16 @@ def finish_dataset(
     *,
     rows_in: int,
     rows_quarantined: int = 0,
+    parts: Mapping[str, Part] | None = None,
     **facts: Any,
 ) -> dict[str, Any]:
-    """Counts what lies in `data/` and writes the manifest. Invariant: rows_in = rows_out + rows_quarantined."""
-    files = storage.list_files(storage.join(folder, "data"), ".parquet")
-    rows_out, episodes = 0, set()
-    for file in files:
-        ids = read_table(file, ["episode_id"])["episode_id"]
-        rows_out += len(ids)
-        episodes.update(ids.unique().to_pylist())
+    """Counts what lies in `data/` and writes the manifest. Invariant: rows_in = rows_out + rows_quarantined.
+
+    parts: file name -> what its writer knows, for all of `data/` (default: every file is read to find out).
+    """
+    if parts is None:
+        parts = _read_parts(storage.list_files(storage.join(folder, "data"), ".parquet"))
+    rows_out = sum(part.rows for part in parts.values())
     if rows_in != rows_out + rows_quarantined:
         raise DataError(
             f"'{folder}': {rows_in} rows in, but {rows_out} out and {rows_quarantined} quarantined.",
@@ -117,10 +127,22 @@ def finish_dataset(
         )
     return manifest.finish(
         folder, KIND, config, inputs,
-        files={f.rsplit("/", 1)[-1]: manifest.file_digest(f) for f in files},
-        episodes=len(episodes), rows_in=rows_in, rows_out=rows_out, rows_quarantined=rows_quarantined,
+        files={name: part.sha256 for name, part in parts.items()},
+        episodes=sum(part.episodes for part in parts.values()),
+        rows_in=rows_in, rows_out=rows_out, rows_quarantined=rows_quarantined,
         **facts,
     )  # fmt: skip
+
+
+def _read_parts(files: Sequence[str]) -> dict[str, Part]:
+    parts: dict[str, Part] = {}
+    seen: set[str] = set()
+    for file in files:
+        ids = read_table(file, ["episode_id"])["episode_id"]
+        new = set(ids.unique().to_pylist()) - seen
+        seen |= new
+        parts[file.rsplit("/", 1)[-1]] = Part(manifest.file_digest(file), len(ids), len(new))
+    return parts
 
 
 def encode_png(image: np.ndarray) -> bytes:
@@ -137,8 +159,10 @@ def decode_image(data: bytes) -> np.ndarray:
     from PIL import Image, UnidentifiedImageError
 
     try:
-        return np.asarray(Image.open(io.BytesIO(data)).convert("RGB"))
-    except (UnidentifiedImageError, OSError) as error:
+        image = Image.open(io.BytesIO(data))
+        return np.asarray(image if image.mode == "RGB" else image.convert("RGB"))
+    # Pillow reports a damaged chunk of a PNG as a SyntaxError, and a header that claims gigapixels as a "bomb".
+    except (UnidentifiedImageError, OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
         raise DataError(
             f"An image of {len(data)} bytes cannot be decoded: {error}.", "`dualvla validate` lists such rows"
         ) from error

@@ -1,7 +1,7 @@
 """Bytes in and out of a local path or any fsspec URL, written so that a partial write is never seen.
 
 The one place where a store's passing failures (5xx, throttling, cut connections) are retried, with growing waits and a
-bound: s3fs's and botocore's own retries are switched off, so that the bound holds. Knows nothing of what the bytes mean.
+bound: those of s3fs and botocore are switched off, so that the bound holds. Knows nothing of what the bytes mean.
 
 Environment: `AWS_ENDPOINT_URL` (or AWS_ENDPOINT_URL_S3) and the usual AWS_* credentials; DUALVLA_S3_ANONYMOUS=1 sends
 unsigned requests; DUALVLA_STORAGE_ATTEMPTS and DUALVLA_STORAGE_TIMEOUT_S bound one operation.
@@ -121,11 +121,12 @@ def _passing_errors() -> tuple[type[BaseException], ...]:
 
 
 def _no_credentials() -> tuple[type[BaseException], ...]:
+    kinds: list[type[BaseException]] = []
     with contextlib.suppress(ModuleNotFoundError):
         from botocore.exceptions import NoCredentialsError, PartialCredentialsError
 
-        return (NoCredentialsError, PartialCredentialsError)
-    return ()
+        kinds += [NoCredentialsError, PartialCredentialsError]
+    return tuple(kinds)
 
 
 def _ask(url: str, operation: Callable[[], T]) -> T:
@@ -134,11 +135,11 @@ def _ask(url: str, operation: Callable[[], T]) -> T:
     Raises: StorageError after `attempts` failures, or without credentials; other OSErrors at once, as they are.
     """
     settings = StorageSettings.from_environment()
-    passing = _passing_errors()
+    passing, no_credentials = _passing_errors(), _no_credentials()
     for attempt in range(1, settings.attempts + 1):
         try:
             return operation()
-        except _no_credentials() as error:
+        except no_credentials as error:
             raise StorageError(
                 f"No credentials for '{url}'.",
                 "set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or DUALVLA_S3_ANONYMOUS=1",
