@@ -5,6 +5,7 @@ The key is read from an environment variable only and handed to the client: it s
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -80,6 +81,8 @@ class OpenAIChat:
             raise PassingError(f"no connection: {error.__cause__ or error}") from error
         except openai.APIError as error:  # an answer that is no completion at all
             raise PassingError(f"no completion: {type(error).__name__}") from error
+        except json.JSONDecodeError as error:  # a proxy's page that calls itself JSON
+            raise PassingError("no completion: not JSON") from error
         return _reply(answer)
 
     def _request(self, messages: Sequence[Message], schema: Mapping[str, Any]) -> dict[str, Any]:
