@@ -78,7 +78,9 @@ class FakeEndpoint:
             self.in_flight -= 1
         return response
 
-    def _handler(endpoint):
+    def _handler(self):
+        endpoint = self
+
         class Handler(BaseHTTPRequestHandler):
             protocol_version = "HTTP/1.1"
 
