@@ -23,12 +23,15 @@ class Teacher(Protocol):
 
 @dataclass(frozen=True)
 class ActionTeacher:
-    """The specialist: velocity [B, K, H, D] at the batch's own (A_tau, tau), without the reasoning text (Eq. 5)."""
+    """The specialist, without the reasoning text (Eq. 5): what its head predicts.
+
+    velocity [B, K, H, D] at the batch's own (A_tau, tau), or bin logits [B, H, D, bins].
+    """
 
     model: Forward
 
     def targets(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
-        return _on_rows(self.model, "velocity", batch, batch["robot"])
+        return _on_rows(self.model, "action", batch, batch["robot"])
 
 
 @dataclass(frozen=True)

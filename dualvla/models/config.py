@@ -29,16 +29,31 @@ class LoraConfig:
 
 
 @dataclass(frozen=True)
-class FlowHeadConfig:
-    """The action expert: block-wise causal attention over [vision | latent action | proprioception | noisy chunk]."""
+class TowerConfig:
+    """A DINOv2 of the action expert's own, modulated by the latent action (FiLM)."""
 
+    name: str | None = None  # a Hugging Face name or folder; None: random weights of `config`
+    config: dict[str, Any] = field(default_factory=dict)  # of transformers' Dinov2Config; complete in a checkpoint
+    image_size: int = 224  # pixels that pictures are resized to; a multiple of the patch size
+
+
+@dataclass(frozen=True)
+class HeadConfig:
+    """The action expert: block-wise causal attention over [vision | latent action | proprioception | chunk].
+
+    kind: "flow" (flow matching) or "token" (bins, OpenVLA's convention); the paper has 12 layers of 768 and 12 heads.
+    """
+
+    kind: Literal["flow", "token"] = "flow"
     hidden: int = 128
     layers: int = 3
     heads: int = 4
     vision: bool = False  # attend to the backbone's image states too
-    draws: int = 4  # (tau, noise) pairs per sample and step: the head is cheap, the backbone is not
-    euler_steps: int = 10
-    tau_scale: float = 0.999  # s of tau = s (1 - u), u ~ Beta(1.5, 1)
+    tower: TowerConfig | None = None
+    draws: int = 4  # flow: (tau, noise) pairs per sample and step: the head is cheap, the backbone is not
+    euler_steps: int = 10  # flow
+    tau_scale: float = 0.999  # flow: s of tau = s (1 - u), u ~ Beta(1.5, 1)
+    bins: int = 256  # token: per dimension
 
 
 @dataclass(frozen=True)
@@ -55,6 +70,7 @@ class LossWeights:
     lm: float = 1.0  # robot samples: reasoning, and whether to think at all
     answer: float = 1.0  # multimodal samples; apart, because a few answer tokens would drown among those of reasoning
     flow: float = 1.0
+    bins: float = 1.0
     heat: float = 0.2
     position: float = 0.5
     kd: float = 0.15  # lambda of Eq. 7
@@ -89,7 +105,7 @@ class ModelConfig:
     kind: Literal["specialist", "reasoning"] = "specialist"
     adapters: tuple[Adapter, ...] = ()  # set by stages.prepare
     lora: LoraConfig = LoraConfig()
-    head: FlowHeadConfig = FlowHeadConfig()
+    head: HeadConfig = HeadConfig()
     grounding: GroundingConfig | None = GroundingConfig()
     color_jitter: float = 0.1  # brightness and per-channel gain of training images, +- this share
     max_text_tokens: int = 64

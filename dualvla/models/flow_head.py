@@ -1,9 +1,7 @@
-"""The action expert: a flow-matching transformer over [vision | latent action | proprioception | noisy chunk].
+"""The flow-matching action head: the velocity that carries noise to actions.
 
-Attention is block-wise causal in that order. Conventions of flow matching, everywhere: A_tau = tau A + (1 - tau) eps
-(tau 0 noise, tau 1 data), velocity target A - eps, forward Euler from noise.
-
-Knows nothing of text, images or units: actions are normalised numbers.
+Conventions of flow matching, everywhere: A_tau = tau A + (1 - tau) eps (tau 0 noise, tau 1 data), velocity target
+A - eps, forward Euler from noise.
 """
 
 from __future__ import annotations
@@ -13,12 +11,11 @@ from collections.abc import Callable
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from dualvla.models.config import FlowHeadConfig
-
-Context = list[tuple[Tensor, Tensor]]  # per layer: keys and values [B, heads, n, hidden / heads]
+from dualvla.distill.losses import flow_kd, flow_mse
+from dualvla.models.config import LossWeights
+from dualvla.models.expert import ActionBatch, ActionExpert, Context
 
 
 def draw_tau(rng: np.random.Generator, size: int, scale: float) -> np.ndarray:
@@ -41,99 +38,56 @@ def euler(field: Callable[[Tensor, Tensor], Tensor], noise_BHD: Tensor, steps: i
     return actions
 
 
-class FlowBlock(nn.Module):
-    """Pre-norm attention and MLP, applied to the context once and to the chunk of every draw."""
+class FlowHead(ActionExpert):
+    """Noisy chunks [B, K, H, D] at tau [B, K] -> velocities."""
 
-    def __init__(self, hidden: int, heads: int):
-        super().__init__()
-        self.heads = heads
-        self.norm_attention = nn.LayerNorm(hidden)
-        self.qkv = nn.Linear(hidden, 3 * hidden)
-        self.out = nn.Linear(hidden, hidden)
-        self.norm_mlp = nn.LayerNorm(hidden)
-        self.mlp = nn.Sequential(nn.Linear(hidden, 4 * hidden), nn.GELU(), nn.Linear(4 * hidden, hidden))
+    term = "flow"
+    target = "velocity"
 
-    def project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """[..., n, hidden] -> query, key, value [..., heads, n, hidden / heads]"""
-        q, k, v = self.qkv(self.norm_attention(x)).chunk(3, dim=-1)
-        split = (self.heads, x.shape[-1] // self.heads)
-        return tuple(t.unflatten(-1, split).transpose(-3, -2) for t in (q, k, v))
-
-    def finish(self, x: Tensor, attended: Tensor) -> Tensor:
-        x = x + self.out(attended.transpose(-3, -2).flatten(-2))
-        return x + self.mlp(self.norm_mlp(x))
-
-
-class FlowHead(nn.Module):
-    """Latent action [B, N, d], proprioception [B, P], noisy chunks [B, K, H, D] at tau [B, K] -> velocities."""
-
-    def __init__(self, config: FlowHeadConfig, latent_dim: int, horizon: int, action_dim: int, proprio_dim: int):
-        super().__init__()
-        hidden = config.hidden
-        self.config = config
-        self.latent_in = nn.Linear(latent_dim, hidden)
-        self.vision_in = nn.Linear(latent_dim, hidden) if config.vision else None
-        self.proprio_in = nn.Linear(proprio_dim, hidden) if proprio_dim else None
+    def make_chunk(self, horizon: int, action_dim: int) -> None:
+        hidden = self.config.hidden
         self.action_in = nn.Linear(action_dim, hidden)
         self.positions = nn.Embedding(horizon, hidden)
         self.tau_in = nn.Sequential(nn.Linear(hidden, hidden), nn.SiLU(), nn.Linear(hidden, hidden))
-        self.blocks = nn.ModuleList(FlowBlock(hidden, config.heads) for _ in range(config.layers))
-        self.norm = nn.LayerNorm(hidden)
-        self.velocity_out = nn.Linear(hidden, action_dim)
+
+    def make_output(self, horizon: int, action_dim: int) -> None:
+        self.velocity_out = nn.Linear(self.config.hidden, action_dim)
         nn.init.zeros_(self.velocity_out.weight)
         nn.init.zeros_(self.velocity_out.bias)
 
-    def forward(
-        self,
-        latents_BNd: Tensor,
-        proprio_BP: Tensor | None,
-        vision_BMd: Tensor | None,
-        noisy_BKHD: Tensor,
-        tau_BK: Tensor,
-    ) -> Tensor:
-        """[B, K, H, D] velocities."""
-        return self.velocity(self.context(latents_BNd, proprio_BP, vision_BMd), noisy_BKHD, tau_BK)
-
-    def context(self, latents_BNd: Tensor, proprio_BP: Tensor | None, vision_BMd: Tensor | None) -> Context:
-        """Everything the chunk attends to. It never attends back, so one context serves every draw and Euler step."""
-        blocks = []
-        if self.vision_in is not None and vision_BMd is not None:
-            blocks.append(self.vision_in(vision_BMd))
-        blocks.append(self.latent_in(latents_BNd))
-        if self.proprio_in is not None and proprio_BP is not None:
-            blocks.append(self.proprio_in(proprio_BP).unsqueeze(1))
-        order = torch.cat([torch.full((b.shape[1],), i, device=b.device) for i, b in enumerate(blocks)])
-        seen = order[:, None] >= order[None, :]
-        x = torch.cat(blocks, dim=1)
-        context: Context = []
-        for block in self.blocks:
-            q, k, v = block.project(x)
-            context.append((k, v))
-            if block is not self.blocks[-1]:
-                x = block.finish(x, F.scaled_dot_product_attention(q, k, v, attn_mask=seen))
-        return context
-
     def velocity(self, context: Context, noisy_BKHD: Tensor, tau_BK: Tensor) -> Tensor:
-        """[B, K, H, D]; the chunk attends to the context and to itself, each draw alone."""
+        """[B, K, H, D], each draw alone."""
         horizon = noisy_BKHD.shape[2]
         x = self.action_in(noisy_BKHD) + self.positions(torch.arange(horizon, device=noisy_BKHD.device))
         x = x + self.tau_in(_sinusoids(tau_BK, x.shape[-1]).to(x.dtype)).unsqueeze(2)
-        for block, (k_context, v_context) in zip(self.blocks, context, strict=True):
-            q, k, v = block.project(x)  # [B, K, heads, H, c]
-            scores = torch.cat([q @ k_context.unsqueeze(1).transpose(-1, -2), q @ k.transpose(-1, -2)], dim=-1)
-            weights = (scores / math.sqrt(q.shape[-1])).softmax(dim=-1)
-            n = k_context.shape[-2]
-            x = block.finish(x, weights[..., :n] @ v_context.unsqueeze(1) + weights[..., n:] @ v)
-        return self.velocity_out(self.norm(x))
+        return self.velocity_out(self.attend(context, x))
 
-    def sample(
-        self, latents_BNd: Tensor, proprio_BP: Tensor | None, vision_BMd: Tensor | None, noise_BHD: Tensor, steps: int
+    def predict(self, context: Context, batch: ActionBatch) -> Tensor:
+        dtype = self.latent_in.weight.dtype
+        known = batch["actions"] * batch["action_mask"].unsqueeze(-1)  # what lies past the episode's end tells nothing
+        noisy = interpolate(known.unsqueeze(1), batch["noise"], batch["tau"]).to(dtype)
+        return self.velocity(context, noisy, batch["tau"].to(dtype))
+
+    def loss(self, predicted: Tensor, batch: ActionBatch, mask_BH: Tensor, count: Tensor | None) -> Tensor:
+        wanted = (batch["actions"].unsqueeze(1) - batch["noise"]).flatten(0, 1)
+        return flow_mse(predicted.flatten(0, 1), wanted, _per_draw(mask_BH, predicted), count)
+
+    def kd(
+        self, predicted: Tensor, teacher: Tensor, mask_BH: Tensor, weights: LossWeights, count: Tensor | None
     ) -> Tensor:
-        """Actions [B, H, D] by forward Euler."""
-        context = self.context(latents_BNd, proprio_BP, vision_BMd)
+        """Two Gaussians of equal variance: there is no temperature."""
+        student, steps = predicted.flatten(0, 1), _per_draw(mask_BH, predicted)
+        return flow_kd(student, teacher.flatten(0, 1).float(), steps, count=count)
+
+    def sample(self, context: Context, noise_BHD: Tensor, steps: int) -> Tensor:
+        noise = noise_BHD.to(self.latent_in.weight.dtype)
         return euler(
-            lambda chunk, tau: self.velocity(context, chunk.unsqueeze(1), tau.unsqueeze(1)).squeeze(1), noise_BHD, steps
+            lambda chunk, tau: self.velocity(context, chunk.unsqueeze(1), tau.unsqueeze(1)).squeeze(1), noise, steps
         )
+
+
+def _per_draw(mask_BH: Tensor, predicted_BKHD: Tensor) -> Tensor:
+    return mask_BH.repeat_interleave(predicted_BKHD.shape[1], dim=0)
 
 
 def _sinusoids(tau: Tensor, size: int) -> Tensor:

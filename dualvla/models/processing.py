@@ -55,12 +55,17 @@ class Sample:
 
 @dataclass(frozen=True)
 class Statistics:
-    """Per-dimension mean, standard deviation and range of one quantity; a constant dimension has deviation 1."""
+    """Per-dimension mean, standard deviation, range, and 1 % and 99 % quantiles of one quantity.
+
+    A constant dimension has deviation 1.
+    """
 
     mean: tuple[float, ...]
     std: tuple[float, ...]
     low: tuple[float, ...]
     high: tuple[float, ...]
+    q01: tuple[float, ...] = ()
+    q99: tuple[float, ...] = ()
 
     @classmethod
     def of(cls, values: np.ndarray) -> Statistics:
@@ -68,13 +73,16 @@ class Statistics:
         values = np.asarray(values, dtype=np.float64)
         if len(values) == 0:
             size = values.shape[-1]
-            return cls((0.0,) * size, (1.0,) * size, (-np.inf,) * size, (np.inf,) * size)
+            ends = ((-np.inf,) * size, (np.inf,) * size)
+            return cls((0.0,) * size, (1.0,) * size, *ends, (-1.0,) * size, (1.0,) * size)
         std = values.std(axis=0)
         return cls(
             tuple(values.mean(axis=0).tolist()),
             tuple(np.where(std > 1e-6, std, 1.0).tolist()),
             tuple(values.min(axis=0).tolist()),
             tuple(values.max(axis=0).tolist()),
+            tuple(np.quantile(values, 0.01, axis=0).tolist()),
+            tuple(np.quantile(values, 0.99, axis=0).tolist()),
         )
 
     def normalise(self, values: np.ndarray) -> np.ndarray:
@@ -83,6 +91,24 @@ class Statistics:
     def restore(self, values: np.ndarray) -> np.ndarray:
         """Inverse of `normalise`, held within the range that was seen."""
         return np.clip(values * np.asarray(self.std) + np.asarray(self.mean), self.low, self.high).astype(np.float32)
+
+    def to_unit(self, values: np.ndarray, as_they_are: Sequence[int] = ()) -> np.ndarray:
+        """OpenVLA's normalisation: the quantiles to -1 and 1, what lies beyond clipped, constant dimensions to 0.
+
+        as_they_are: dimensions that are left alone (grippers).
+        """
+        q01, q99 = np.asarray(self.q01), np.asarray(self.q99)
+        unit = np.clip(2.0 * (values - q01) / (q99 - q01 + 1e-8) - 1.0, -1.0, 1.0)
+        unit = np.where(np.asarray(self.low) == np.asarray(self.high), 0.0, unit)
+        unit[..., list(as_they_are)] = values[..., list(as_they_are)]
+        return unit.astype(np.float32)
+
+    def from_unit(self, unit: np.ndarray, as_they_are: Sequence[int] = ()) -> np.ndarray:
+        """Inverse of `to_unit`, within the quantiles."""
+        q01, q99 = np.asarray(self.q01), np.asarray(self.q99)
+        values = 0.5 * (unit + 1.0) * (q99 - q01) + q01
+        values[..., list(as_they_are)] = unit[..., list(as_they_are)]
+        return values.astype(np.float32)
 
 
 @dataclass(frozen=True)
@@ -224,6 +250,18 @@ class Processor:
             ),
         }  # fmt: skip
 
+    def normalise_actions(self, actions: np.ndarray) -> np.ndarray:
+        """[..., D] in units -> what the head predicts: in quantiles for a token head, else in deviations."""
+        if self.config.head.kind == "token":
+            return self.action.to_unit(actions, self.config.actions.gripper_dims)
+        return self.action.normalise(actions)
+
+    def restore_actions(self, normalised: np.ndarray) -> np.ndarray:
+        """Inverse of `normalise_actions`, held within the range that was seen."""
+        if self.config.head.kind == "token":
+            return self.action.from_unit(normalised, self.config.actions.gripper_dims)
+        return self.action.restore(normalised)
+
     def _chunk(self, sample: Sample) -> tuple[np.ndarray, np.ndarray]:
         shape = (self.config.horizon, self.config.actions.size)
         if sample.actions is None:
@@ -231,7 +269,7 @@ class Processor:
         if sample.actions.shape != shape:
             raise DataError(f"An action chunk of shape {sample.actions.shape}; the model wants {shape}.", _REFIT)
         mask = np.ones(shape[0], bool) if sample.action_mask is None else sample.action_mask.astype(bool)
-        return self.action.normalise(sample.actions), mask
+        return self.normalise_actions(sample.actions), mask
 
     def _cameras(self, images: Mapping[str, np.ndarray]) -> np.ndarray:
         size = self.config.image_size

@@ -12,7 +12,7 @@ from torch import nn
 from dualvla.errors import UsageError, did_you_mean
 from dualvla.models.config import Adapter, ModelConfig
 
-Group = Literal["backbone", "words", "queries", "grounding", "head", "action", "language", "gate"]
+Group = Literal["backbone", "vision", "words", "tower", "queries", "grounding", "head", "action", "language", "gate"]
 
 
 @dataclass(frozen=True)
@@ -32,8 +32,8 @@ _BOTH: tuple[Adapter, ...] = ("action", "language")
 # fmt: off
 STAGES: dict[str, Stage] = {
     "specialist": Stage("specialist",
-        ("action",), frozenset({"queries", "grounding", "head", "action"}),
-        (),          frozenset({"queries", "grounding", "head", "backbone", "words"})),
+        ("action",), frozenset({"queries", "grounding", "head", "tower", "action"}),
+        (),          frozenset({"queries", "grounding", "head", "tower", "backbone", "vision", "words"})),
     "reasoning": Stage("reasoning",
         _BOTH, frozenset({"language", "gate"}),
         _BOTH, frozenset({"language", "gate", "words"})),  # the specialist has hardly met the words of reasoning
@@ -48,9 +48,11 @@ _PATTERNS: tuple[tuple[str, Group], ...] = (
     (r"\.adapters\.language\.", "language"),
     (r"\.adapter_gate\.", "gate"),
     (r"\.(embed_tokens|lm_head)\.", "words"),
+    (r"^backbone\.hf\.(model\.)?(vision_model|vision_tower|visual)\.", "vision"),
     (r"^backbone\.", "backbone"),
     (r"^(queries|proprio_in)\.", "queries"),
     (r"^grounding\.", "grounding"),
+    (r"^head\.tower\.dino\.", "tower"),
     (r"^head\.", "head"),
 )
 

@@ -1,4 +1,4 @@
-"""The vision-language-action model: backbone, action queries, grounding and flow head, in one sequence.
+"""The vision-language-action model: backbone, action queries, grounding and action head, in one sequence.
 
     [image tokens | proprioception | instruction] -> [reasoning or answer]? -> [action queries]
 
@@ -22,16 +22,20 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import Cache
 
-from dualvla.distill.losses import flow_kd, flow_mse, masked_mean, token_kd
+from dualvla.distill.losses import masked_mean, token_kd
 from dualvla.models import backbone as backbones
+from dualvla.models import heads, tower
 from dualvla.models.adapters import attach_adapters
 from dualvla.models.config import LossWeights, ModelConfig
-from dualvla.models.flow_head import FlowHead, interpolate
+from dualvla.models.expert import Context
 from dualvla.models.grounding import Grounding, target_cell
 from dualvla.models.processing import IGNORE, Batch, Processor
 
-LOSS_TERMS = ("lm", "answer", "flow", "heat", "position", "kd_flow", "kd_token")
-"""The terms of L_total, in the order of `loss_counts`. LossWeights has a field of each name (kd_*: `kd`)."""
+LOSS_TERMS = ("lm", "answer", "flow", "heat", "position", "kd_flow", "kd_token", "bins", "kd_bins")
+"""The terms of L_total, in the order of `loss_counts`: flow of a flow head, bins of a token head.
+
+LossWeights has a field of each name (kd_*: `kd`).
+"""
 
 
 @dataclass
@@ -68,21 +72,27 @@ class VLA(nn.Module):
         self.queries = nn.Embedding(config.num_queries, width)
         self.proprio_in = nn.Linear(config.proprio_dim, width) if config.proprio_dim else None
         self.grounding = Grounding(config.grounding, width) if config.grounding is not None else None
-        self.head = FlowHead(config.head, width, config.horizon, config.actions.size, config.proprio_dim)
+        self.head = heads.build(config, width)
         nn.init.normal_(self.queries.weight, std=0.02)
 
     @classmethod
     def create(cls, config: ModelConfig, processor: Processor, seed: int) -> VLA:
         """A new model with seeded random weights (the backbone's own where `config.backbone` names one)."""
         config = dataclasses.replace(config, backbone_config=backbones.resolve(config, processor.vocab_size))
+        if config.head.tower is not None:
+            head = dataclasses.replace(config.head, tower=tower.resolve(config.head.tower))
+            config = dataclasses.replace(config, head=head)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
-            return cls(config, pretrained=config.backbone is not None)
+            model = cls(config, pretrained=config.backbone is not None)
+        if model.head.tower is not None and model.head.tower.config.name is not None:
+            tower.load_published(model.head.tower)
+        return model
 
     def forward(
         self,
         batch: Batch,
-        mode: Literal["loss", "velocity", "logits"] = "loss",
+        mode: Literal["loss", "action", "logits"] = "loss",
         counts: Tensor | None = None,
         weights: LossWeights | None = None,
         targets: Mapping[str, Tensor] | None = None,
@@ -90,13 +100,16 @@ class VLA(nn.Module):
         """What training needs of a batch.
 
         mode "loss": "loss" = L_VLA + lambda L_KD (Eq. 7) and each term, detached. counts: see `loss_counts`. targets:
-        what the teachers gave: "velocity" [B, K, H, D] (Eq. 5), "logits" [B, T + 1, V] (Eq. 6), either or both.
-        mode "velocity": {"velocity": [B, K, H, D]} of an action teacher, pi(a | o, i): the text is left out.
+        what the teachers gave: "velocity" [B, K, H, D] or "bins" [B, H, D, bins] (Eq. 5, of the head's kind), "logits"
+        [B, T + 1, V] (Eq. 6), either or both.
+        mode "action": {"velocity" or "bins"} of an action teacher, pi(a | o, i): the text is left out.
         mode "logits": {"logits": [B, T + 1, V]} of a reasoning teacher, pi(r | o, i).
         """
-        if mode == "velocity":
+        if mode == "action":
             batch = {**batch, "text_mask": torch.zeros_like(batch["text_mask"])}
-            return {"velocity": self._velocity(self.encode(batch), batch)}
+            encoded = self.encode(batch)
+            context = self._context(encoded.latents, encoded.image, batch)
+            return {self.head.target: self.head.predict(context, batch)}
         encoded = self.encode(batch)
         if mode == "logits":
             return {"logits": self.backbone.logits(encoded.text)}
@@ -140,7 +153,7 @@ class VLA(nn.Module):
         if self.grounding is not None:
             first_camera = prefix.image[:, : prefix.image.shape[1] // len(self.config.cameras)]
             latents = self.grounding(latents, first_camera).latents
-        return self.head.sample(latents, self._proprio(batch), self._vision(prefix.image), noise_BHD, steps)
+        return self.head.sample(self._context(latents, prefix.image, batch), noise_BHD, steps)
 
     def _prompt(self, batch: Batch) -> tuple[Tensor, Tensor, int]:
         """Embeddings [B, L, d], mask [B, L] and the number of image tokens, which come first."""
@@ -159,19 +172,9 @@ class VLA(nn.Module):
         indices = torch.arange(self.config.num_queries, device=self.queries.weight.device)
         return self.queries(indices).expand(number, -1, -1)
 
-    def _proprio(self, batch: Batch) -> Tensor | None:
-        return batch["proprio"].to(self.head.action_in.weight.dtype) if self.config.proprio_dim else None
-
-    def _vision(self, image: Tensor) -> Tensor | None:
-        return image if self.config.head.vision else None
-
-    def _velocity(self, encoded: Encoded, batch: Batch) -> Tensor:
-        dtype = encoded.latents.dtype
-        known = batch["actions"] * batch["action_mask"].unsqueeze(-1)  # what lies past the episode's end tells nothing
-        noisy = interpolate(known.unsqueeze(1), batch["noise"], batch["tau"]).to(dtype)
-        return self.head(
-            encoded.latents, self._proprio(batch), self._vision(encoded.image), noisy, batch["tau"].to(dtype)
-        )
+    def _context(self, latents: Tensor, image: Tensor, batch: Batch) -> Context:
+        proprio = batch["proprio"].to(latents.dtype) if self.config.proprio_dim else None
+        return self.head.context(latents, proprio, image, batch["images"])
 
     def _losses(
         self,
@@ -189,11 +192,9 @@ class VLA(nn.Module):
         ).view_as(batch["labels"])
         terms = {name: masked_mean(token_loss, masks[name], number[name]) for name in ("lm", "answer")}
 
-        velocity = self._velocity(encoded, batch).flatten(0, 1).float()  # [B * K, H, D]
-        draws = batch["tau"].shape[1]
-        steps = masks["flow"].repeat_interleave(draws, dim=0)
-        wanted = (batch["actions"].unsqueeze(1) - batch["noise"]).flatten(0, 1)
-        terms["flow"] = flow_mse(velocity, wanted, steps, number["flow"])
+        acted = self.head.term
+        predicted = self.head.predict(self._context(encoded.latents, encoded.image, batch), batch).float()
+        terms[acted] = self.head.loss(predicted, batch, masks["steps"], number[acted])
 
         if encoded.heat_logits is not None and encoded.position is not None:
             cells = target_cell(batch["target_pixel"], backbones.grid_side(encoded.heat_logits.shape[1], 1))
@@ -203,9 +204,9 @@ class VLA(nn.Module):
             off = F.smooth_l1_loss(encoded.position.float(), known, reduction="none").mean(dim=-1)
             terms["position"] = masked_mean(off, masks["position"], number["position"])
 
-        if "velocity" in targets:  # Eq. 5
-            teacher = targets["velocity"].flatten(0, 1).float()
-            terms["kd_flow"] = flow_kd(velocity, teacher, steps, count=number["kd_flow"])
+        if self.head.target in targets:  # Eq. 5
+            teacher = targets[self.head.target]
+            terms[f"kd_{acted}"] = self.head.kd(predicted, teacher, masks["steps"], weights, number[f"kd_{acted}"])
         if "logits" in targets:  # Eq. 6
             teacher = targets["logits"]
             terms["kd_token"] = token_kd(
@@ -222,18 +223,19 @@ class VLA(nn.Module):
 
 
 def loss_counts(batch: Batch) -> Tensor:
-    """The denominators of LOSS_TERMS in this batch, float64 [7].
+    """The denominators of LOSS_TERMS in this batch, float64 [9].
 
     Sum them over all workers and divide by their number: then the mean of the workers' losses is the global batch's.
     """
     masks = _masks(batch)
     draws = batch["tau"].shape[1]
     per_entry = {"flow": draws, "kd_flow": draws}
+    masks |= dict.fromkeys(("flow", "kd_flow", "bins", "kd_bins"), masks["steps"])
     return torch.stack([masks[term].sum().double() * per_entry.get(term, 1) for term in LOSS_TERMS])
 
 
 def _masks(batch: Batch) -> dict[str, Tensor]:
-    """What each loss term is taken over: tokens [B, T + 1], chunk steps [B, H] or samples [B]."""
+    """What each loss term is taken over: tokens [B, T + 1], chunk steps [B, H] (of either head) or samples [B]."""
     robot = batch["robot"]
     tokens = batch["labels"] != IGNORE
     steps = batch["action_mask"] & robot.unsqueeze(1)
@@ -241,9 +243,8 @@ def _masks(batch: Batch) -> dict[str, Tensor]:
     return {
         "lm": tokens & robot.unsqueeze(1),
         "answer": tokens & ~robot.unsqueeze(1),
-        "flow": steps,
+        "steps": steps,
         "heat": seen,
         "position": robot & batch["target_position"].isfinite().all(dim=-1),
-        "kd_flow": steps,
         "kd_token": tokens & ~robot.unsqueeze(1),
     }

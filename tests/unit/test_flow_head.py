@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from dualvla.models.config import FlowHeadConfig
+from dualvla.models.config import HeadConfig
 from dualvla.models.flow_head import FlowHead, draw_tau, euler, interpolate
 
 
@@ -34,7 +34,7 @@ def test_tau_puts_its_weight_on_noisy_times() -> None:
 @pytest.fixture(scope="module")
 def head() -> FlowHead:
     torch.manual_seed(0)
-    made = FlowHead(FlowHeadConfig(hidden=32, layers=2, heads=2), 16, horizon=4, action_dim=7, proprio_dim=3)
+    made = FlowHead(HeadConfig(hidden=32, layers=2, heads=2), 16, horizon=4, action_dim=7, proprio_dim=3)
     torch.nn.init.normal_(made.velocity_out.weight)
     return made.eval()
 
@@ -42,20 +42,21 @@ def head() -> FlowHead:
 def test_each_draw_is_alone(head: FlowHead) -> None:
     latents, proprio = torch.randn(2, 5, 16), torch.randn(2, 3)
     noisy, tau = torch.randn(2, 6, 4, 7), torch.rand(2, 6)
-    together = head(latents, proprio, None, noisy, tau)
+    context = head.context(latents, proprio)
+    together = head.velocity(context, noisy, tau)
     for k in range(6):
-        alone = head(latents, proprio, None, noisy[:, k : k + 1], tau[:, k : k + 1])
+        alone = head.velocity(context, noisy[:, k : k + 1], tau[:, k : k + 1])
         torch.testing.assert_close(alone[:, 0], together[:, k], atol=1e-5, rtol=1e-5)
 
 
 def test_the_context_never_sees_the_chunk_but_the_chunk_sees_all_of_it(head: FlowHead) -> None:
     latents, proprio = torch.randn(1, 5, 16), torch.randn(1, 3)
     noisy, tau = torch.randn(1, 1, 4, 7), torch.rand(1, 1)
-    base = head(latents, proprio, None, noisy, tau)
+    base = head.velocity(head.context(latents, proprio), noisy, tau)
     for changed in ((latents + 1, proprio), (latents, proprio + 1)):
-        assert not torch.allclose(head(*changed, None, noisy, tau), base)
-    keys = [k for k, _ in head.context(latents, proprio, None)]
-    other = [k for k, _ in head.context(latents, proprio + 1, None)]
+        assert not torch.allclose(head.velocity(head.context(*changed), noisy, tau), base)
+    keys = [k for k, _ in head.context(latents, proprio)]
+    other = [k for k, _ in head.context(latents, proprio + 1)]
     # block-wise causal: proprioception comes last, so the latent block's keys do not depend on it
     assert all(torch.equal(a[..., :5, :], b[..., :5, :]) for a, b in zip(keys, other, strict=True))
     assert not torch.equal(keys[-1][..., 5:, :], other[-1][..., 5:, :])

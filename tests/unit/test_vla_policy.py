@@ -112,7 +112,7 @@ def test_never_thinking_is_acting_without_text(trained: tuple[VLA, Processor]) -
         encoded = model.encode(batch)
         noise = policy._noise(_observation(0), "s").unsqueeze(0)
         steps = model.config.head.euler_steps
-        chunk = model.head.sample(encoded.latents, batch["proprio"], None, noise, steps)
+        chunk = model.head.sample(model.head.context(encoded.latents, batch["proprio"]), noise, steps)
     np.testing.assert_allclose(reply.actions, processor.action.restore(chunk[0].numpy()), atol=1e-4)
 
 

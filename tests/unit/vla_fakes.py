@@ -4,7 +4,7 @@ from typing import Any
 
 import numpy as np
 
-from dualvla.models.config import FlowHeadConfig, LoraConfig, ModelConfig
+from dualvla.models.config import HeadConfig, LoraConfig, ModelConfig
 from dualvla.models.processing import Processor, Sample
 
 _VISION = {
@@ -54,7 +54,7 @@ def config(of: str = "idefics3", **changes: Any) -> ModelConfig:
         "num_queries": 3,
         "horizon": 4,
         "lora": LoraConfig(rank=4, gate_hidden=8),
-        "head": FlowHeadConfig(hidden=32, layers=2, heads=2, draws=3),
+        "head": HeadConfig(hidden=32, layers=2, heads=2, draws=3),
         "max_text_tokens": 6,
     }
     return ModelConfig(**{**values, **changes})
