@@ -103,7 +103,7 @@ class VLAPolicy:
         timing = {"think_ms": 1e3 * (thought - started), "act_ms": 1e3 * (acted - thought)}
         return [
             PolicyReply(
-                actions=self.processor.action.restore(chunk[i]),
+                actions=self.processor.restore_actions(chunk[i]),
                 reasoning=self.processor.decode(texts[i]) if texts[i] else None,
                 keyframe=bool(generated[i]),
                 reasoning_tokens=len(generated[i]),
