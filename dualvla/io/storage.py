@@ -136,6 +136,7 @@ def _ask(url: str, operation: Callable[[], T]) -> T:
     """
     settings = StorageSettings.from_environment()
     passing, no_credentials = _passing_errors(), _no_credentials()
+    failures: tuple[type[BaseException], ...] = (*passing, OSError)
     for attempt in range(1, settings.attempts + 1):
         try:
             return operation()
@@ -144,7 +145,7 @@ def _ask(url: str, operation: Callable[[], T]) -> T:
                 f"No credentials for '{url}'.",
                 "set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or DUALVLA_S3_ANONYMOUS=1",
             ) from error
-        except (*passing, OSError) as error:
+        except failures as error:
             if not isinstance(error, passing) and cast(OSError, error).errno not in _PASSING:
                 raise
             if attempt == settings.attempts:

@@ -78,7 +78,7 @@ def check_rows(table: pa.Table, images: bool = True) -> list[Finding]:
 
 @dataclass(frozen=True)
 class _Episodes:
-    """opens: bool [rows], where a robot episode or a multimodal row begins; first: int [rows], the row where its own does."""
+    """opens: bool [rows], where a robot episode or a multimodal row begins; first: int [rows], where a row's own does."""
 
     ids: list[str | None]
     is_robot: np.ndarray
@@ -152,7 +152,7 @@ def _ranges(table: pa.Table, episodes: _Episodes) -> Iterator[Finding]:
     low, high = -LIMITS.gripper_slack, 1.0 + LIMITS.gripper_slack
     for width in (POSE_DIMS, 2 * POSE_DIMS):
         rows = np.flatnonzero(episodes.is_robot & (_lengths(table, "ee_pose") == width))
-        pose = np.abs(_matrix(table, "ee_pose", rows, width)).reshape(len(rows), -1, POSE_DIMS)
+        pose = np.abs(_matrix(table, "ee_pose", rows, width)).reshape(len(rows), width // POSE_DIMS, POSE_DIMS)
         far, turned = pose[..., :3].max(axis=(1, 2), initial=0.0), pose[..., 3:].max(axis=(1, 2), initial=0.0)
         for at in np.flatnonzero(far > LIMITS.position_m).tolist():
             yield Finding(
@@ -170,7 +170,7 @@ def _ranges(table: pa.Table, episodes: _Episodes) -> Iterator[Finding]:
     for name, space in ACTION_SPACES.items():
         is_space = episodes.is_robot & (spaces == name) & (_lengths(table, "action") == space.size)
         rows = np.flatnonzero(is_space)
-        action = _matrix(table, "action", rows, space.size).reshape(len(rows), -1, 7)
+        action = _matrix(table, "action", rows, space.size).reshape(len(rows), space.size // 7, 7)
         moved = np.linalg.norm(action[..., :3], axis=2).max(axis=1, initial=0.0)
         turned = np.linalg.norm(action[..., 3:6], axis=2).max(axis=1, initial=0.0)
         command = action[..., 6]

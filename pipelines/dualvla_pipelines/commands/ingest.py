@@ -1,4 +1,4 @@
-"""`dualvla ingest --format F SRC OUT`: other people's robot data, converted, checked and written as a data set folder."""
+"""`dualvla ingest --format F SRC OUT`: other people's robot data as a data set folder, converted and checked."""
 
 from __future__ import annotations
 

@@ -138,6 +138,7 @@ def build_episode(
             "proprio": converted.proprio[t],
             "action": converted.action[t],
             "action_space": convention.action_space,
+            "events": [],
             **{name: values[t] for name, values in recording.texts.items()},
         }
         if t in recording.missing:

@@ -237,11 +237,11 @@ def convert(columns: Mapping[str, np.ndarray], convention: Convention) -> Conver
     dropped: dict[int, str] = {}
     with np.errstate(invalid="ignore", divide="ignore"):  # of values that are not finite
         for arm in convention.arms:
-            position, rotation = _pose(columns, arm.position, arm.rotation, convention, convention.rotation)
+            position, angles = _pose(columns, arm.position, arm.rotation, convention, convention.rotation)
             gripper = _scale(column(columns, arm.gripper), convention.gripper_closed, convention.gripper_open)
-            motion = _motion(columns, arm, convention, position, rotation)
+            motion = _motion(columns, arm, convention, position, to_matrix(angles, convention.rotation))
             command = _gripper_command(column(columns, arm.action_gripper)[:, 0], convention)
-            poses.append(np.concatenate([position, matrix_to_euler(rotation)], axis=1))
+            poses.append(np.concatenate([position, _as_euler(angles, convention.rotation)], axis=1))
             grippers.append(gripper[:, :1])
             actions.append(np.concatenate([motion, command[:, None]], axis=1))
     pose, gripper = np.concatenate(poses, axis=1), np.concatenate(grippers, axis=1)
@@ -256,7 +256,7 @@ def convert(columns: Mapping[str, np.ndarray], convention: Convention) -> Conver
 def _pose(
     columns: Mapping[str, np.ndarray], position: str, rotation: str, convention: Convention, kind: Rotation
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Position [T, 3] (m) and rotation matrices [T, 3, 3]."""
+    """Position [T, 3] (m) and the rotation [T, 3 or 4] (rad), of its own kind."""
     metres = column(columns, position) * (1e-3 if convention.position_unit == "mm" else 1.0)
     angles = column(columns, rotation)
     if angles.shape[1] != _WIDTH[kind]:
@@ -265,7 +265,7 @@ def _pose(
         )
     if convention.angle_unit == "deg" and not kind.startswith("quaternion"):
         angles = np.deg2rad(angles)
-    return metres, to_matrix(angles, kind)
+    return metres, angles
 
 
 def _motion(
@@ -278,12 +278,20 @@ def _motion(
         step[:-1] = np.diff(position, axis=0)
         turn[:-1] = matrix_to_vector(rotation[1:] @ rotation[:-1].swapaxes(-1, -2))
         return np.concatenate([step, turn], axis=1)
-    goal, goal_rotation = _pose(
-        columns, arm.action_position, arm.action_rotation, convention, convention.action_rotation
-    )
-    if convention.action == "absolute":
-        goal, goal_rotation = goal - position, goal_rotation @ rotation.swapaxes(-1, -2)
-    return np.concatenate([goal, matrix_to_vector(goal_rotation)], axis=1)
+    goal, angles = _pose(columns, arm.action_position, arm.action_rotation, convention, convention.action_rotation)
+    if convention.action == "delta":
+        return np.concatenate([goal, _as_vector(angles, convention.action_rotation)], axis=1)
+    turn = matrix_to_vector(to_matrix(angles, convention.action_rotation) @ rotation.swapaxes(-1, -2))
+    return np.concatenate([goal - position, turn], axis=1)
+
+
+def _as_euler(angles: np.ndarray, kind: Rotation) -> np.ndarray:
+    """Ours already: to the bit, and on the branch they were recorded on."""
+    return angles if kind == "euler_xyz" else matrix_to_euler(to_matrix(angles, kind))
+
+
+def _as_vector(angles: np.ndarray, kind: Rotation) -> np.ndarray:
+    return angles if kind == "rotation_vector" else matrix_to_vector(to_matrix(angles, kind))
 
 
 def _gripper_command(values: np.ndarray, convention: Convention) -> np.ndarray:

@@ -129,6 +129,9 @@ class LeRobotSource:
                 reason = f"'{self._short(url)}' is not a readable parquet file: {error}"
                 yield self._all_lost(row, reason, {self._short(url): reason})
                 continue
+            if not len(table):
+                yield self._all_lost(row, f"'{self._short(url)}' holds no row of this episode", {})
+                continue
             try:
                 yield self._episode(row, table)
             except DataError as error:
@@ -351,15 +354,17 @@ def _read_episode(url: str, episode_index: int) -> pa.Table:
     """The rows of one episode, in frame order; only the row groups that may hold them are read."""
     with storage.open_reader(url) as content:
         file = pq.ParquetFile(content)
-        column = file.schema_arrow.get_field_index("episode_index")
+        leaves = [file.schema.column(i).path for i in range(len(file.schema))]
+        if "episode_index" not in leaves:
+            raise DataError(f"'{url}' has no column 'episode_index'.", "repair the data set")
         groups = []
         for group in range(file.num_row_groups):
-            statistics = file.metadata.row_group(group).column(column).statistics if column >= 0 else None
-            if statistics is None or not statistics.has_min_max or statistics.min <= episode_index <= statistics.max:
+            statistics = file.metadata.row_group(group).column(leaves.index("episode_index")).statistics
+            known = statistics is not None and statistics.has_min_max
+            if not known or statistics.min <= episode_index <= statistics.max:
                 groups.append(group)
         table = file.read_row_groups(groups)
-    if column >= 0:
-        table = table.filter(pc.equal(table["episode_index"], episode_index))
+    table = table.filter(pc.equal(table["episode_index"], episode_index))
     return table.sort_by("frame_index") if "frame_index" in table.column_names else table
 
 
