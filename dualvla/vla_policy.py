@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import time
 import zlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -35,15 +36,18 @@ class PolicyOptions:
     execute_steps: int | None = None  # None: the checkpoint's
     device: str = "cpu"
 
-    @property
-    def every(self) -> int | None:
-        """K of "every:K", else None. Raises: UsageError."""
-        if self.reasoning in ("auto", "never"):
-            return None
-        mode, _, steps = self.reasoning.partition(":")
-        if mode != "every" or not steps.isdecimal() or int(steps) < 1:
-            raise UsageError(f"Reasoning '{self.reasoning}' does not exist.", "choose auto, never or every:K (K >= 1)")
-        return int(steps)
+    def __post_init__(self) -> None:
+        reasoning_every(self.reasoning)
+
+
+def reasoning_every(reasoning: str) -> int | None:
+    """K of "every:K"; None of "auto" and "never". Raises: UsageError."""
+    if reasoning in ("auto", "never"):
+        return None
+    mode, _, steps = reasoning.partition(":")
+    if mode != "every" or not steps.isdecimal() or int(steps) < 1:
+        raise UsageError(f"Reasoning '{reasoning}' does not exist.", "choose auto, never or every:K (K >= 1)")
+    return int(steps)
 
 
 @dataclass
@@ -55,7 +59,7 @@ class Thought:
 
 
 class VLAPolicy:
-    """Implements `dualvla.policy.Policy`."""
+    """Implements `dualvla.policy.SessionPolicy`."""
 
     def __init__(self, model: VLA, processor: Processor, config: ModelConfig, options: PolicyOptions = PolicyOptions()):
         self.model = model.eval().to(options.device)
@@ -70,7 +74,7 @@ class VLAPolicy:
             horizon=config.horizon,
             execute_steps=options.execute_steps or config.execute_steps,
         )
-        self._every = options.every
+        self._cadences: dict[str, str] = {}
         self._thoughts: dict[str, Thought] = {}
 
     @classmethod
@@ -88,7 +92,7 @@ class VLAPolicy:
         prefix = self.model.read_prompt(batch)
         due = [self._thinks(o, s) for o, s in zip(observations, sessions, strict=True)]
         texts = [self._kept(s) if not d else [] for d, s in zip(due, sessions, strict=True)]
-        generated = self._generate(prefix, texts, self._starts(prefix, due))
+        generated = self._generate(prefix, texts, self._starts(prefix, due, sessions))
         thought = time.perf_counter()
         for i, (observation, session) in enumerate(zip(observations, sessions, strict=True)):
             if due[i]:
@@ -115,6 +119,22 @@ class VLAPolicy:
 
     def reset(self, session: str) -> None:
         self._thoughts.pop(session, None)
+        self._cadences.pop(session, None)
+
+    def configure(self, session: str, reasoning: str) -> None:
+        """This session's reasoning from now on, in place of the policy's own. Raises: UsageError."""
+        reasoning_every(reasoning)
+        self._cadences[session] = reasoning
+
+    def state_of(self, session: str) -> dict[str, Any]:
+        """{"thought": {"ids", "step"}}, or {} before the first thought."""
+        thought = self._thoughts.get(session)
+        return {"thought": {"ids": list(thought.ids), "step": thought.step}} if thought else {}
+
+    def restore(self, session: str, state: Mapping[str, Any]) -> None:
+        self._thoughts.pop(session, None)
+        if "thought" in state:
+            self._thoughts[session] = Thought(list(state["thought"]["ids"]), state["thought"]["step"])
 
     @torch.inference_mode()
     def answer(self, observations: Sequence[Observation]) -> list[str]:
@@ -137,23 +157,28 @@ class VLAPolicy:
 
     def _thinks(self, observation: Observation, session: str) -> bool:
         """Whether the model is asked at this step (with "auto" it may still answer with no text)."""
-        if self.config.kind == "specialist" or self.options.reasoning == "never":
+        if self.config.kind == "specialist" or self._reasoning(session) == "never":
             return False
-        if self._every is None:
+        every = reasoning_every(self._reasoning(session))
+        if every is None:
             return True
         last = self._thoughts.get(session)
-        return last is None or observation.step - last.step >= self._every or observation.step < last.step
+        return last is None or observation.step - last.step >= every or observation.step < last.step
 
     def _kept(self, session: str) -> list[int]:
         """The text to put back into the prompt between two thoughts."""
-        return self._thoughts[session].ids if self._every is not None and session in self._thoughts else []
+        every = reasoning_every(self._reasoning(session))
+        return self._thoughts[session].ids if every is not None and session in self._thoughts else []
 
-    def _starts(self, prefix: Prefix, due: Sequence[bool]) -> list[bool]:
+    def _reasoning(self, session: str) -> str:
+        return self._cadences.get(session, self.options.reasoning)
+
+    def _starts(self, prefix: Prefix, due: Sequence[bool], sessions: Sequence[str]) -> list[bool]:
         """Which of the rows that are due begin a text: with "auto" those where the model holds one likely enough."""
-        if self._every is not None:
-            return list(due)
         thinks = 1.0 - prefix.logits.float().softmax(dim=-1)[:, self.processor.act_id]
-        return [d and t > self.config.think_above for d, t in zip(due, thinks.tolist(), strict=True)]
+        likely = [t > self.config.think_above for t in thinks.tolist()]
+        every = [reasoning_every(self._reasoning(s)) is not None for s in sessions]
+        return [d and (e or t) for d, e, t in zip(due, every, likely, strict=True)]
 
     def _generate(self, prefix: Prefix, given: Sequence[list[int]], speaks: Sequence[bool]) -> list[list[int]]:
         """Greedy tokens until an end token, for the rows that speak; the others read their `given` text.

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import time
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
 
 from dualvla.schema import Observation, PolicyReply, PolicySpec
-from dualvla_serve.backend import LoadedPolicy
+from dualvla_serve.batching import LoadedPolicy
 
 SPEC = PolicySpec("ee_delta_pose+gripper", 5.0, ("main",), "reasoning", horizon=3, execute_steps=2)
 
@@ -34,6 +35,15 @@ class CountingPolicy:
 
     def reset(self, session: str) -> None:
         self.asked.pop(session, None)
+
+    def configure(self, session: str, reasoning: str) -> None:
+        """Its reasoning is the same for all."""
+
+    def state_of(self, session: str) -> dict[str, Any]:
+        return {"asked": self.asked[session]}
+
+    def restore(self, session: str, state: Mapping[str, Any]) -> None:
+        self.asked[session] = state.get("asked", 0)
 
     def _reply(self, observation: Observation, session: str, batch: int) -> PolicyReply:
         self.asked[session] += 1

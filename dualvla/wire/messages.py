@@ -2,11 +2,17 @@
 
 One WebSocket connection is one session. The server speaks first, with `metadata`; then each observation gets one reply:
 
-    metadata     server, version, protocol, policy {action_space, control_hz, cameras, kind, horizon, execute_steps}
-    observation  images/<camera>: uint8 [H, W, 3];  prompt: str;  observation/state: float [P] (proprio, optional);
-                 observation/ee_pose: float [6 per arm] (m, rad, optional);  step: int;  id: str
+    metadata     server, version, protocol, policy {action_space, control_hz, cameras, kind, horizon, execute_steps};
+                 session {id, seq, resumed};  model {name, version};  models: names;  listener: URL or None;
+                 limits {max_message_bytes}
+    observation  images/<camera>: uint8 [H, W, 3], or {"__image__": True, "format": "png" | "jpeg", "data": bytes};
+                 prompt: str;  observation/state: float [P] (proprio, optional);
+                 observation/ee_pose: float [6 per arm] (m, rad, optional);  step: int;  id: str;
+                 deadline_ms: float (from its arrival, optional);  age_ms: float (of the images when sent, optional)
     reply        actions: float32 [H, D];  reasoning: str or None;  keyframe: bool;  reasoning_tokens: int;  id: str;
-                 server_timing, policy_timing: name -> milliseconds
+                 server_timing, policy_timing: name -> milliseconds;  session: str;  seq: int (1, 2, ... of the
+                 session);  model {name, version};  interventions: what the safety layer changed;
+                 fault {kind, id, message}: only in place of an error, where a hold was asked for (options.py)
     reset        {"reset": True}, answered by the same: the session forgets everything
     error        a *text* frame (so openpi's clients show it): {"error": {"kind", "id", "message"}} as JSON
 
@@ -26,22 +32,45 @@ import numpy as np
 
 import dualvla
 from dualvla.config import from_dict, to_dict
-from dualvla.errors import ServerError, UsageError, WireError, did_you_mean
+from dualvla.errors import (
+    BusyError,
+    LateError,
+    ServerError,
+    SessionLostError,
+    StoppedError,
+    UnsafeError,
+    UsageError,
+    WireError,
+    did_you_mean,
+)
 from dualvla.schema import Observation, PolicyReply, PolicySpec
+from dualvla.wire import images
+from dualvla.wire.images import MAX_SIDE
 
 PROTOCOL = 1
 SESSION_HEADER = "X-Session-Id"
 RESET: Mapping[str, Any] = MappingProxyType({"reset": True})
 
 MAX_TEXT = 4000  # characters of an instruction
-MAX_SIDE = 2048  # pixels
+MAX_MS = 3_600_000
 _IMAGE = "images/"
-_KEYS = ("prompt", "observation/state", "observation/ee_pose", "step", "id")
+_KEYS = ("prompt", "observation/state", "observation/ee_pose", "step", "id", "deadline_ms", "age_ms")
 _NAME = re.compile(r"[!-~]{1,128}")
 
 
-def metadata(spec: PolicySpec) -> dict[str, Any]:
-    return {"server": "dualvla", "version": dualvla.__version__, "protocol": PROTOCOL, "policy": to_dict(spec)}
+@dataclasses.dataclass(frozen=True)
+class Request:
+    """An observation and how long its answer is worth anything, in ms from its arrival; age_ms: of its images."""
+
+    observation: Observation
+    deadline_ms: float | None = None
+    age_ms: float | None = None
+
+
+def metadata(spec: PolicySpec, **extra: Any) -> dict[str, Any]:
+    """extra: what the server adds (session, model, models, listener, limits)."""
+    policy = to_dict(spec)
+    return {"server": "dualvla", "version": dualvla.__version__, "protocol": PROTOCOL, "policy": policy, **extra}
 
 
 def spec_from_metadata(message: Any) -> PolicySpec:
@@ -75,25 +104,31 @@ def observation_to_wire(observation: Observation) -> dict[str, Any]:
 
 def observation_from_wire(message: Any) -> Observation:
     """Every field checked. Raises: WireError naming the key and the value."""
+    return request_from_wire(message).observation
+
+
+def request_from_wire(message: Any) -> Request:
+    """Every field checked. Raises: WireError naming the key and the value."""
     if not isinstance(message, Mapping):
         raise WireError(f"An observation must be a map, not {type(message).__name__}.")
-    images = {}
+    pictures = {}
     for key, value in message.items():
         if key.startswith(_IMAGE):
-            images[key.removeprefix(_IMAGE)] = _image(key, value)
+            pictures[key.removeprefix(_IMAGE)] = _image(key, value)
         elif key not in _KEYS:
             raise WireError(f"Unknown key '{key[:60]}' in an observation.", did_you_mean(key, (*_KEYS, "images/main")))
     step = message.get("step", 0)
     if type(step) is not int or not 0 <= step < 2**31:
         raise WireError(f"'step' must be a non-negative integer, not {step!r:.60}.")
-    return Observation(
-        images=images,
+    observation = Observation(
+        images=pictures,
         instruction=_text("prompt", message.get("prompt"), MAX_TEXT),
         proprio=_vector(message, "observation/state", np.float32),
         ee_pose=_vector(message, "observation/ee_pose", np.float64),
         step=step,
         id=_text("id", message.get("id", ""), 128),
     )
+    return Request(observation, _milliseconds(message, "deadline_ms"), _milliseconds(message, "age_ms"))
 
 
 def check_fits(observation: Observation, spec: PolicySpec, example: Observation) -> None:
@@ -114,8 +149,10 @@ def check_fits(observation: Observation, spec: PolicySpec, example: Observation)
             )
 
 
-def reply_to_wire(reply: PolicyReply, server_timing_ms: Mapping[str, float]) -> dict[str, Any]:
+def reply_to_wire(reply: PolicyReply, server_timing_ms: Mapping[str, float], **extra: Any) -> dict[str, Any]:
+    """extra: what the server adds to the policy's reply (session, seq, model, interventions, fault)."""
     return {
+        **extra,
         "actions": np.asarray(reply.actions, np.float32),
         "reasoning": reply.reasoning,
         "keyframe": bool(reply.keyframe),
@@ -151,7 +188,8 @@ def reply_from_wire(message: Any) -> PolicyReply:
 
 @dataclasses.dataclass(frozen=True)
 class Failure:
-    """What a client learns of an error. kind: bad_request, unauthorized, forbidden, unavailable, failed, internal.
+    """What a client learns of an error. kind: bad_request, unauthorized, forbidden, unavailable, failed, late, stopped,
+    unsafe, busy, expired.
 
     id: also stands in the server's log, beside all that is not told here.
     """
@@ -167,15 +205,30 @@ class Failure:
         return json.dumps(self.to_dict())
 
 
+_ERRORS: Mapping[str, type[ServerError]] = {
+    "late": LateError,
+    "stopped": StoppedError,
+    "unsafe": UnsafeError,
+    "busy": BusyError,
+    "expired": SessionLostError,
+}
+
+
 def error_from_text(text: str) -> ServerError | WireError:
-    """The error that a text frame stands for: WireError if our own message was refused, else ServerError."""
+    """The error that a text frame stands for: WireError if our own message was refused, else a ServerError."""
     try:
         failure = Failure(**json.loads(text)["error"])
     except (ValueError, KeyError, TypeError):
         return ServerError(f"The endpoint answered with an error: {text[:200]}")
+    return error_from(failure)
+
+
+def error_from(failure: Failure) -> ServerError | WireError:
+    """The typed error that a failure's kind stands for."""
     if failure.kind == "bad_request":
         return WireError(f"The endpoint refused the message: {failure.message} (error {failure.id})")
-    return ServerError(f"The endpoint answered: {failure.message} ({failure.kind}, error {failure.id})")
+    kind = _ERRORS.get(failure.kind, ServerError)
+    return kind(f"The endpoint answered: {failure.message} ({failure.kind}, error {failure.id})")
 
 
 def session_name(name: str) -> str:
@@ -186,6 +239,8 @@ def session_name(name: str) -> str:
 
 
 def _image(key: str, value: Any) -> np.ndarray:
+    if images.is_encoded(value):
+        value = images.decode_marked(key, value)
     if not isinstance(value, np.ndarray) or value.dtype != np.uint8 or value.ndim != 3 or value.shape[2] != 3:
         raise WireError(f"'{key[:60]}' must be a uint8 array [H, W, 3], not {_describe(value)}.")
     if not all(1 <= side <= MAX_SIDE for side in value.shape[:2]):
@@ -210,6 +265,17 @@ def _vector(message: Mapping[str, Any], key: str, dtype: type) -> np.ndarray | N
     if not np.isfinite(value).all():
         raise WireError(f"'{key}' holds a value that is not finite.")
     return value.astype(dtype)
+
+
+def _milliseconds(message: Mapping[str, Any], key: str) -> float | None:
+    value = message.get(key)
+    if value is None:
+        return None
+    if isinstance(value, np.generic):
+        value = value.item()
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value <= MAX_MS:
+        raise WireError(f"'{key}' must be 0 to {MAX_MS} milliseconds, not {value!r:.60}.")
+    return float(value)
 
 
 def _describe(value: Any) -> str:

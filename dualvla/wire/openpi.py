@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -51,12 +51,17 @@ def unpack(frame: bytes, limits: WireLimits = WireLimits()) -> Any:
 
     Raises: WireError for anything malformed, beyond the limits, or of a refused type. Nothing else.
     """
+    return unpack_plain(frame, limits, lambda value: _unpack_numpy(value, limits))
+
+
+def unpack_plain(frame: bytes, limits: WireLimits, hook: Callable[[dict[Any, Any]], Any]) -> Any:
+    """One msgpack message within the limits, its maps passed through `hook`. Raises: WireError. Nothing else."""
     if len(frame) > limits.max_message_bytes:
         raise WireError(f"A message of {len(frame)} bytes is over the limit of {limits.max_message_bytes}.")
     try:
         message = msgpack.unpackb(
             frame,
-            object_hook=lambda value: _unpack_numpy(value, limits),
+            object_hook=hook,
             ext_hook=_refuse_extension,
             strict_map_key=True,
             max_array_len=limits.max_entries,
@@ -73,12 +78,8 @@ def _pack_numpy(value: Any) -> dict[bytes, Any]:
     if isinstance(value, np.ndarray | np.generic) and not _DTYPE.fullmatch(value.dtype.str):
         raise TypeError(f"a value of dtype {value.dtype} is refused on the wire")
     if isinstance(value, np.ndarray):
-        return {
-            b"__ndarray__": True,
-            b"data": value.tobytes(),
-            b"dtype": value.dtype.str,
-            b"shape": list(value.shape),
-        }
+        shape = list(value.shape)
+        return {b"__ndarray__": True, b"data": value.tobytes(), b"dtype": value.dtype.str, b"shape": shape}
     if isinstance(value, np.generic):
         return {b"__npgeneric__": True, b"data": value.item(), b"dtype": value.dtype.str}
     raise TypeError(f"{type(value).__name__} has no place on the wire")
@@ -86,14 +87,15 @@ def _pack_numpy(value: Any) -> dict[bytes, Any]:
 
 def _unpack_numpy(value: dict[Any, Any], limits: WireLimits) -> Any:
     if b"__ndarray__" in value:
-        return _unpack_array(value, limits)
+        return array_of(value.get(b"data"), value.get(b"dtype"), value.get(b"shape"), limits)
     if b"__npgeneric__" in value:
         return _unpack_scalar(value)
     return value
 
 
-def _unpack_array(value: Mapping[Any, Any], limits: WireLimits) -> np.ndarray:
-    data, shape, dtype = value.get(b"data"), value.get(b"shape"), _dtype(value.get(b"dtype"))
+def array_of(data: Any, dtype_text: Any, shape: Any, limits: WireLimits) -> np.ndarray:
+    """A writable array in native byte order, every part checked. Raises: WireError."""
+    dtype = _dtype(dtype_text)
     if not isinstance(shape, list) or not all(type(n) is int and n >= 0 for n in shape):
         raise WireError(f"An array's shape must be a list of sizes, not {_short(shape)}.")
     if len(shape) > limits.max_rank:

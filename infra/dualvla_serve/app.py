@@ -1,41 +1,45 @@
-"""The endpoint's routes, over whatever backend it is given. FastAPI; knows neither Ray nor what the policy is.
+"""The endpoint's routes, over one replica. FastAPI; knows neither Ray nor what the policy is.
 
-WebSocket /        openpi's protocol (dualvla.wire.messages): the server greets, then one reply per observation
-POST /v1/infer     JSON (dualvla.wire.http_json); a session is named by the header X-Session-Id, or there is none
-POST /v1/reset     forgets the session named by that header
-GET  /v1/spec      what the policy expects and answers
-GET  /readyz       200 once the policy answers, else 503
-GET  /healthz      OK
+WebSocket /           openpi's protocol and ours: the server greets, then one reply per observation (openpi_socket.py)
+WebSocket /vla-eval   the vla-eval harness's protocol (vla_eval_socket.py); its control plane is GET /health, /config
+POST /v1/infer        JSON (dualvla.wire.http_json); a session is named by X-Session-Id or ?session=, or there is none
+POST /v1/reset        forgets the session named so
+GET  /v1/spec, /v1/models, /v1/listeners   what the policy expects; what is loaded; where replicas listen themselves
+GET  /readyz, /healthz                     200 once the policy answers, else 503; the process lives
+GET  /metrics         Prometheus text of all replicas
+     /v1/admin/*      the emergency stop, live sessions, their last frames (scope admin)
+GET  /status          the status page, where it is switched on
 """
 
 from __future__ import annotations
 
-import contextlib
-import logging
 import time
-import uuid
-from collections import OrderedDict
-from collections.abc import AsyncIterator
+from collections.abc import Callable
+from dataclasses import asdict
 from typing import Any
+from urllib.parse import quote
 
 import pydantic
 from fastapi import FastAPI, Request, Response, WebSocket
-from fastapi.responses import JSONResponse, PlainTextResponse
-from starlette.websockets import WebSocketDisconnect
+from fastapi.responses import HTMLResponse, JSONResponse, PlainTextResponse
 
 from dualvla.config import to_dict
-from dualvla.errors import DualVLAError, WireError
+from dualvla.errors import DualVLAError, ServerError, WireError
 from dualvla.wire import http_json, messages
-from dualvla.wire.openpi import WireLimits, pack, unpack
-from dualvla_serve.backend import Backend
+from dualvla.wire.openpi import WireLimits
+from dualvla.wire.options import SESSION, SessionOptions, options_from_query
+from dualvla_serve import metrics
 from dualvla_serve.failures import STATUS, failure_of
-from dualvla_serve.gate import Gate
-from dualvla_serve.keys import KeyRing
+from dualvla_serve.gate import Gate, Identify, identity_of
+from dualvla_serve.openpi_socket import OpenpiSocket
+from dualvla_serve.replica import Arrival, Replica
+from dualvla_serve.vla_eval_socket import VlaEvalSocket
 
-log = logging.getLogger("dualvla.serve")
-
-_TAKEN_OVER = 4001  # WebSocket close code: another connection goes on with this session
-_MOST_HTTP_SESSIONS = 256
+REQUEST_ID = "X-Request-Id"
+_PAGE_POLICY = (
+    "default-src 'none'; script-src 'unsafe-inline'; style-src 'unsafe-inline'; img-src 'self' blob: data:; "
+    "connect-src 'self'; frame-ancestors 'none'; form-action 'none'; base-uri 'none'"
+)
 
 
 class InferRequest(pydantic.BaseModel):
@@ -49,10 +53,17 @@ class InferRequest(pydantic.BaseModel):
     ee_pose: list[float] | None = None
     step: int = 0
     id: str = ""
+    deadline_ms: float | None = None
+    age_ms: float | None = None
+
+
+class ModelVersion(pydantic.BaseModel):
+    name: str
+    version: str
 
 
 class InferReply(pydantic.BaseModel):
-    """actions: [H][D] in the units of the policy's action space."""
+    """actions: [H][D] in the units of the policy's action space. fault: why they are a hold, if one was asked for."""
 
     actions: list[list[float]]
     reasoning: str | None
@@ -60,44 +71,31 @@ class InferReply(pydantic.BaseModel):
     reasoning_tokens: int
     id: str
     timing_ms: dict[str, float]
+    session: str
+    seq: int
+    model: ModelVersion
+    interventions: list[str]
+    fault: dict[str, str] | None = None
 
 
-def create_app(backend: Backend, ring: KeyRing | None, limits: WireLimits) -> FastAPI:
-    """The whole endpoint as one ASGI app, guarded."""
+class Reason(pydantic.BaseModel):
+    reason: str = pydantic.Field(default="", max_length=500)
+
+
+def create_app(replica: Replica, identify: Identify | None, page: Callable[[], str] | None = None) -> FastAPI:
+    """The whole endpoint as one ASGI app, guarded. identify: see gate.py. page: the status page's HTML."""
     app = FastAPI(title="DualVLA policy", docs_url=None, redoc_url=None)
-    app.add_middleware(Gate, ring=ring)
-    connections = Connections(backend, limits)
-    http_sessions = HttpSessions(backend)
+    app.add_middleware(Gate, identify=identify, hosts=replica.config.allowed_hosts)
+    _add_serving(app, replica)
+    _add_vla_eval(app, replica)
+    _add_operations(app, replica)
+    _add_admin(app, replica)
+    if page is not None:
 
-    @app.get("/healthz", response_class=PlainTextResponse)
-    async def healthz() -> str:
-        return "OK"
-
-    @app.get("/readyz", response_class=PlainTextResponse)
-    async def readyz() -> str:
-        await backend.describe()
-        return "OK"
-
-    @app.get("/v1/spec")
-    async def spec() -> dict[str, Any]:
-        return to_dict(await backend.describe())
-
-    @app.post("/v1/infer", response_model=InferReply, openapi_extra=_body_of(InferRequest))
-    async def infer(request: Request) -> dict[str, Any]:
-        started = time.perf_counter()
-        body = _parse(await _read(request, limits))
-        observation = http_json.observation_from_json(body.model_dump())
-        async with http_sessions.of(request) as session:
-            reply = await backend.infer(observation, session)
-        return http_json.reply_to_json(reply, {"server_ms": _ms_since(started)})
-
-    @app.post("/v1/reset", status_code=204, response_class=Response)
-    async def reset(request: Request) -> None:
-        await http_sessions.drop(request)
-
-    @app.websocket("/")
-    async def converse(websocket: WebSocket) -> None:
-        await connections.serve(websocket)
+        @app.get("/status", response_class=HTMLResponse, include_in_schema=False)
+        async def status() -> HTMLResponse:
+            headers = {"Content-Security-Policy": _PAGE_POLICY, "Cache-Control": "no-store", "X-Frame-Options": "DENY"}
+            return HTMLResponse(page(), headers=headers)
 
     @app.exception_handler(DualVLAError)
     async def explain(request: Request, error: DualVLAError) -> JSONResponse:
@@ -107,106 +105,136 @@ def create_app(backend: Backend, ring: KeyRing | None, limits: WireLimits) -> Fa
     return app
 
 
-class Connections:
-    """WebSocket connections, each a session of its own that starts clean and is forgotten when it closes.
+def _add_serving(app: FastAPI, replica: Replica) -> None:
+    @app.post(
+        "/v1/infer", response_model=InferReply, response_model_exclude_unset=True, openapi_extra=_body_of(InferRequest)
+    )
+    async def infer(request: Request, response: Response) -> dict[str, Any]:
+        arrived = time.monotonic()
+        principal = identity_of(request.scope).id
+        replica.rate.admit(principal)
+        body = _parse(await _read(request, replica.config.wire))
+        asked = http_json.request_from_json(body.model_dump())
+        decode_ms = (time.monotonic() - arrived) * 1000
+        if REQUEST_ID in request.headers:
+            response.headers[REQUEST_ID] = request.headers[REQUEST_ID][:128]
+        async with replica.http_session(_session_of(request), principal, _options_of(request, replica)) as session:
+            reply = await replica.answer(session, asked, Arrival(arrived, decode_ms))
+        return _as_json(reply)
 
-    A client may name its session. A second connection of that name takes it over, clean, and the first is closed: a
-    robot whose connection died unnoticed is never locked out by its own ghost.
-    """
-
-    def __init__(self, backend: Backend, limits: WireLimits):
-        self._backend = backend
-        self._limits = limits
-        self._owners: dict[str, WebSocket] = {}
-
-    async def serve(self, websocket: WebSocket) -> None:
-        await websocket.accept()
-        try:
-            session = messages.session_name(websocket.headers.get(messages.SESSION_HEADER) or uuid.uuid4().hex)
-            spec = await self._backend.describe()
-        except DualVLAError as error:
-            await websocket.send_text(failure_of(error, "greeting").to_json())
-            await websocket.close()
-            return
-        await self._take(session, websocket)
-        try:
-            await websocket.send_bytes(pack(messages.metadata(spec)))
-            await self._converse(websocket, session)
-        except WebSocketDisconnect:
-            log.debug("the client of session %s left in the middle of a reply", session)
-        finally:
-            await self._release(session, websocket)
-
-    async def _converse(self, websocket: WebSocket, session: str) -> None:
-        previous_ms: float | None = None
-        while (event := await websocket.receive())["type"] != "websocket.disconnect":
-            started = time.perf_counter()
-            try:
-                frame = event.get("bytes")
-                if frame is None:
-                    raise WireError("Text is refused.", "send one binary msgpack message per observation")
-                answer = await self._answer(unpack(frame, self._limits), session, previous_ms)
-            except DualVLAError as error:
-                await websocket.send_text(failure_of(error, f"session {session}").to_json())
-            else:
-                await websocket.send_bytes(pack(answer))
-            previous_ms = _ms_since(started)
-
-    async def _answer(self, message: Any, session: str, previous_ms: float | None) -> dict[str, Any]:
-        if messages.is_reset(message):
-            await self._backend.reset(session)
-            return dict(messages.RESET)
-        observation = messages.observation_from_wire(message)
-        started = time.perf_counter()
-        reply = await self._backend.infer(observation, session)
-        timing = {"infer_ms": _ms_since(started)}
-        if previous_ms is not None:
-            timing["prev_total_ms"] = previous_ms
-        return messages.reply_to_wire(reply, timing)
-
-    async def _take(self, session: str, websocket: WebSocket) -> None:
-        previous = self._owners.get(session)
-        self._owners[session] = websocket
-        if previous is not None:
-            await self._backend.reset(session)
-            await previous.close(_TAKEN_OVER)
-
-    async def _release(self, session: str, websocket: WebSocket) -> None:
-        if self._owners.get(session) is websocket:
-            del self._owners[session]
-            await self._backend.reset(session)
-
-
-class HttpSessions:
-    """Sessions of HTTP requests, named by a header; the least recently used are forgotten beyond a fixed number."""
-
-    def __init__(self, backend: Backend):
-        self._backend = backend
-        self._recent: OrderedDict[str, None] = OrderedDict()
-
-    @contextlib.asynccontextmanager
-    async def of(self, request: Request) -> AsyncIterator[str]:
-        """The request's session; a nameless one lasts for this request only."""
-        name = request.headers.get(messages.SESSION_HEADER)
+    @app.post("/v1/reset", status_code=204, response_class=Response)
+    async def reset(request: Request) -> None:
+        name = _session_of(request)
         if name is None:
-            session = uuid.uuid4().hex
-            try:
-                yield session
-            finally:
-                await self._backend.reset(session)
-            return
-        session = messages.session_name(name)
-        self._recent[session] = None
-        self._recent.move_to_end(session)
-        while len(self._recent) > _MOST_HTTP_SESSIONS:
-            oldest, _ = self._recent.popitem(last=False)
-            await self._backend.reset(oldest)
-        yield session
+            raise WireError("No session is named.", f"send {messages.SESSION_HEADER}")
+        await replica.forget(name, identity_of(request.scope).id)
 
-    async def drop(self, request: Request) -> None:
-        session = messages.session_name(request.headers.get(messages.SESSION_HEADER, ""))
-        self._recent.pop(session, None)
-        await self._backend.reset(session)
+    @app.websocket("/")
+    async def converse(websocket: WebSocket) -> None:
+        await OpenpiSocket(replica, websocket).serve()
+
+    @app.get("/v1/spec")
+    async def spec(model: str = "") -> dict[str, Any]:
+        _require_ready(replica)
+        return to_dict(replica.models.get(model).runner.spec)
+
+    @app.get("/v1/models")
+    async def models() -> dict[str, Any]:
+        return {"models": replica.model_lines()}
+
+    @app.get("/v1/listeners")
+    async def listeners() -> dict[str, Any]:
+        found = (await replica.reports()).items()
+        return {"listeners": [{"replica": r, "url": report.listener} for r, report in found if report.listener]}
+
+
+def _add_vla_eval(app: FastAPI, replica: Replica) -> None:
+    @app.websocket("/vla-eval")
+    async def converse(websocket: WebSocket) -> None:
+        await VlaEvalSocket(replica, websocket).serve()
+
+    @app.get("/health")
+    async def health() -> JSONResponse:
+        return JSONResponse({"status": "ok" if replica.ready else "starting"}, 200 if replica.ready else 503)
+
+    @app.get("/config")
+    async def config() -> dict[str, Any]:
+        """Read only: parameters in the query are not applied."""
+        return {"applied": {}, "config": {"max_batch_size": replica.config.max_batch_size}}
+
+
+def _add_operations(app: FastAPI, replica: Replica) -> None:
+    @app.get("/healthz", response_class=PlainTextResponse)
+    async def healthz() -> str:
+        return "OK"
+
+    @app.get("/readyz", response_class=PlainTextResponse)
+    async def readyz() -> str:
+        _require_ready(replica)
+        return "OK"
+
+    @app.get("/metrics")
+    async def page() -> Response:
+        pages = {name: report.metrics for name, report in (await replica.reports()).items()}
+        return Response(metrics.merge(pages), media_type=metrics.CONTENT_TYPE)
+
+
+def _add_admin(app: FastAPI, replica: Replica) -> None:
+    @app.post("/v1/admin/stop")
+    async def stop(request: Request, body: Reason | None = None) -> dict[str, Any]:
+        reason = (body.reason if body else "") or "no reason was given"
+        return asdict(await replica.stop(reason, identity_of(request.scope).id))
+
+    @app.post("/v1/admin/clear")
+    async def clear(request: Request, body: Reason | None = None) -> dict[str, Any]:
+        return asdict(await replica.clear(body.reason if body else "", identity_of(request.scope).id))
+
+    @app.get("/v1/admin/stop")
+    async def stopped() -> dict[str, Any]:
+        state = replica.stop_view.stopped()
+        return asdict(state) if state is not None else {"stopped": False}
+
+    @app.get("/v1/admin/sessions")
+    async def sessions() -> dict[str, Any]:
+        return {"sessions": [line for report in (await replica.reports()).values() for line in report.sessions]}
+
+    @app.get("/v1/admin/latency")
+    async def latency() -> dict[str, Any]:
+        pages = {name: report.metrics for name, report in (await replica.reports()).items()}
+        return {"stages": metrics.latency(pages)}
+
+    @app.get("/v1/admin/sessions/{session}/frame")
+    async def frame(session: str, camera: str = "") -> Response:
+        found = await replica.link.frame(session)
+        if found is None:
+            return Response(status_code=404)
+        seq, reasoning, pictures = found
+        picture = pictures.get(camera) if camera else next(iter(pictures.values()), None)
+        if picture is None:
+            return Response(status_code=202)
+        headers = {"X-Reasoning": quote(reasoning), "X-Seq": str(seq), "Cache-Control": "no-store"}
+        return Response(picture, media_type="image/png", headers=headers)
+
+
+def _require_ready(replica: Replica) -> None:
+    if not replica.ready:
+        raise ServerError("The policy is not ready.")
+
+
+def _session_of(request: Request) -> str | None:
+    name = request.headers.get(messages.SESSION_HEADER) or request.query_params.get(SESSION)
+    return None if name is None else messages.session_name(name)
+
+
+def _options_of(request: Request, replica: Replica) -> SessionOptions:
+    return options_from_query(dict(request.query_params), replica.config.session)
+
+
+def _as_json(reply: dict[str, Any]) -> dict[str, Any]:
+    """The message of the WebSocket as JSON: lists for arrays, one map of milliseconds."""
+    known = messages.reply_from_wire(reply)
+    extra = {name: reply[name] for name in ("session", "seq", "model", "interventions", "fault") if name in reply}
+    return http_json.reply_to_json(known, {}, **extra)
 
 
 async def _read(request: Request, limits: WireLimits) -> bytes:
@@ -229,7 +257,3 @@ def _parse(body: bytes) -> InferRequest:
 
 def _body_of(model: type[pydantic.BaseModel]) -> dict[str, Any]:
     return {"requestBody": {"required": True, "content": {"application/json": {"schema": model.model_json_schema()}}}}
-
-
-def _ms_since(started: float) -> float:
-    return (time.perf_counter() - started) * 1000

@@ -1,7 +1,7 @@
-"""The endpoint on Ray Serve: an ingress that speaks to clients, and model replicas that answer in batches.
+"""The endpoint on Ray Serve: replicas that hold protocols, sessions and models in one process, and one hub.
 
-The ingress knows keys, codecs and sessions; a replica knows a policy. A session always goes to the same replica, by
-consistent hashing, because its state lives there.
+A robot reaches a replica through Serve's proxy or directly. Which checkpoints answer stands in the deployment's
+`user_config`, so that a changed Serve config exchanges them under connected robots.
 """
 
 from __future__ import annotations
@@ -9,174 +9,215 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import functools
+import gc
 import logging
 import socket
+import ssl
+import sys
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Iterator
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
 
+import ray
 from fastapi import FastAPI
 from ray import serve
-from ray.exceptions import RayError, RayTaskError
-from ray.serve.config import HTTPOptions, RequestRouterConfig
-from ray.serve.exceptions import RayServeException
-from ray.serve.handle import DeploymentHandle
+from ray.exceptions import RayError
+from ray.serve.config import AutoscalingConfig, AutoscalingPolicy, HTTPOptions
 
-from dualvla.errors import DualVLAError, PlatformError, PolicyError, ServerError, UsageError
+from dualvla.config import from_dict
+from dualvla.errors import PlatformError, PolicyError, UsageError
 from dualvla.schema import Observation, PolicyReply, PolicySpec
-from dualvla.wire.openpi import WireLimits
+from dualvla_serve import link, logs, scaling
 from dualvla_serve.app import create_app
-from dualvla_serve.backend import LoadPolicy, PolicyRunner
-from dualvla_serve.gate import LOCAL_HOSTS
-from dualvla_serve.keys import KeyRing
+from dualvla_serve.batching import Asked, LoadPolicy
+from dualvla_serve.config import EndpointConfig
+from dualvla_serve.keys import KeyFile
+from dualvla_serve.link import RayHub
+from dualvla_serve.listener import Listener, bind, listen
+from dualvla_serve.models import ModelSource
+from dualvla_serve.replica import Replica
 
 log = logging.getLogger("dualvla.serve")
 
-# A WebSocket connection is one ongoing request of the ingress for as long as it lives.
-_MOST_CONNECTIONS = 1024
-_ROUTER = "ray.serve.experimental.consistent_hash_router.ConsistentHashRouter"
-_QUIET = {"log_level": "WARNING"}
+DEPLOYMENT = "Policy"
+DEFAULT_MODEL = "policy"
+
+# A WebSocket connection is one ongoing request of a replica for as long as it lives.
+_MOST_CONNECTIONS = 4096
+_QUIET = {"log_level": "WARNING", "enable_access_log": False}
 # Where a process takes longer than Serve's 5 s to start, Serve kills its proxy and starts it anew, for ever.
 _PATIENCE = {"RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S": "60"}
+_SWITCH_S = 0.0005  # Python's 5 ms would let the policy's thread hold up every message for as long
+
+OpenSource = Callable[[str], ModelSource]
 
 
-@dataclass(frozen=True)
-class EndpointConfig:
-    """One endpoint. Without keys, `host` must be this machine's own address.
+class PolicyReplica:
+    """One replica. source: makes a model of what `user_config` names, {"models": {name: text}}."""
 
-    max_batch_size: observations per call of the policy. *_per_replica: what Ray reserves, fractions allowed.
-    """
-
-    name: str = "dualvla"
-    host: str = "127.0.0.1"
-    port: int = 8000
-    ring: KeyRing | None = None
-    replicas: int = 1
-    max_batch_size: int = 16
-    infer_timeout_s: float = 30.0
-    cpus_per_replica: float = 0.5
-    gpus_per_replica: float = 0.0
-    limits: WireLimits = field(default_factory=WireLimits)
-
-    def __post_init__(self) -> None:
-        if self.ring is None and self.host not in LOCAL_HOSTS:
-            raise UsageError(
-                f"Without keys an endpoint listens on this machine only, not on '{self.host}'.",
-                "pass --keys-file, or leave --host out",
-            )
-        if self.replicas < 1:
-            raise UsageError(f"{self.replicas} replicas cannot answer.", "ask for 1 or more")
-
-
-class ServeBackend:
-    """A `Backend` whose policy lives in Ray Serve replicas."""
-
-    def __init__(self, model: DeploymentHandle, timeout_s: float):
-        self._model = model
-        self._timeout_s = timeout_s
-
-    async def describe(self) -> PolicySpec:
-        with _translated():
-            return await asyncio.wait_for(self._model.describe.remote(), self._timeout_s)
-
-    async def infer(self, observation: Observation, session: str) -> PolicyReply:
-        with _translated():
-            call = self._model.options(session_id=session).infer.remote(observation, session)
-            return await asyncio.wait_for(call, self._timeout_s)
-
-    async def reset(self, session: str) -> None:
-        with _translated():
-            await asyncio.wait_for(self._model.options(session_id=session).reset.remote(session), self._timeout_s)
-
-
-@contextlib.contextmanager
-def _translated() -> Iterator[None]:
-    """Ray's errors as ours: what the policy raised, or that no replica could be asked."""
-    try:
-        yield
-    except RayTaskError as error:
-        if isinstance(error.cause, DualVLAError):
-            raise error.cause from None
-        raise PolicyError(f"The policy raised {type(error.cause).__name__}.") from error
-    except (RayError, RayServeException, TimeoutError) as error:
-        raise ServerError(f"No replica answered: {type(error).__name__}: {error}.") from error
-
-
-class ModelReplica:
-    def __init__(self, load: LoadPolicy, max_batch_size: int):
-        self._runner = PolicyRunner(load, max_batch_size)
-
-    async def describe(self) -> PolicySpec:
-        return await self._runner.describe()
-
-    async def infer(self, observation: Observation, session: str) -> PolicyReply:
-        return await self._runner.infer(observation, session)
-
-    async def reset(self, session: str) -> None:
-        await self._runner.reset(session)
-
-
-class Ingress:
-    def __init__(self, model: DeploymentHandle, config: EndpointConfig):
-        self._model = model
+    def __init__(self, config: EndpointConfig, source: OpenSource):
+        logs.use_json()
+        sys.setswitchinterval(_SWITCH_S)
         self._config = config
+        self._source = source
+        hub = RayHub(config.name, config.state_dir, config.lifetimes.idle_s)
+        name = serve.get_replica_context().replica_id.unique_id
+        self._replica = Replica(config, hub, name)
+        self._keys = KeyFile(config.keys_file) if config.keys_file is not None else None
+        self._app = create_app(self._replica, self._keys.identify if self._keys else None, _status_page(config))
+        self._listener: Listener | None = None
+        self._update: asyncio.Task[None] | None = None
 
     def __serve_build_asgi_app__(self) -> FastAPI:  # Serve's name for it
-        backend = ServeBackend(self._model, self._config.infer_timeout_s)
-        return create_app(backend, self._config.ring, self._config.limits)
+        return self._app
+
+    async def reconfigure(self, user_config: Mapping[str, Any]) -> None:
+        """The first time, before any request: loads and warms up. Later: exchanges models while robots go on."""
+        sources = {name: await asyncio.to_thread(self._source, text) for name, text in user_config["models"].items()}
+        if self._replica.ready:
+            self._update = asyncio.create_task(self._replica.update(sources))
+            return
+        if self._config.direct_ports is not None and self._listener is None:
+            await self._listen(*self._config.direct_ports)
+        await self._replica.start(sources)
+        gc.collect()
+        gc.freeze()  # what lives as long as the replica is not looked through again at every collection
+
+    async def _listen(self, first: int, last: int) -> None:
+        config = self._config
+        self._listener = await listen(self._app, bind(config.host, first, last), config.tls, config.wire)
+        host = config.public_host or config.host
+        if host in ("0.0.0.0", "::"):
+            host = ray.util.get_node_ip_address()
+        host = f"[{host}]" if ":" in host else host
+        self._replica.listener = f"{'wss' if config.tls else 'ws'}://{host}:{self._listener.port}"
+
+    def record_autoscaling_stats(self) -> dict[str, float]:
+        return {scaling.METRIC: float(self._replica.queue_length)}
+
+    async def describe(self, model: str = "") -> PolicySpec:
+        """For a Serve handle."""
+        return self._replica.models.get(model).runner.spec
+
+    async def infer_batch(
+        self,
+        observations: Sequence[Observation],
+        sessions: Sequence[str],
+        states: Sequence[Mapping[str, Any]],
+        model: str = "",
+    ) -> list[tuple[PolicyReply, dict[str, Any]]]:
+        """For a Serve handle: replies, and what the policy remembers of each session from now on. Limits on actions are
+        for robots, and not applied. Raises: DualVLAError."""
+        self._replica.stop_view.check()
+        runner = self._replica.models.get(model).runner
+        calls = [runner.infer(Asked(o, s, m)) for o, s, m in zip(observations, sessions, states, strict=True)]
+        return [(answered.reply, answered.state) for answered in await asyncio.gather(*calls)]
+
+    async def __del__(self) -> None:
+        if self._listener is not None:
+            await self._replica.close()
+            await self._listener.close()
 
 
-def build(load: LoadPolicy, config: EndpointConfig) -> serve.Application:
-    model = serve.deployment(
-        name="Model",
-        num_replicas=config.replicas,
-        ray_actor_options={"num_cpus": config.cpus_per_replica, "num_gpus": config.gpus_per_replica},
+def _status_page(config: EndpointConfig) -> Callable[[], str] | None:
+    if not config.status_page:
+        return None
+    from dualvla_serve.status_page import page
+
+    return page
+
+
+def build(source: OpenSource, models: Mapping[str, str], config: EndpointConfig) -> serve.Application:
+    """models: name -> what `source` takes, such as a checkpoint folder; the first is the default."""
+    sizes = config.scaling
+    automatic = (
+        AutoscalingConfig(
+            min_replicas=max(1, sizes.least),
+            initial_replicas=sizes.replicas,
+            max_replicas=sizes.most,
+            target_ongoing_requests=sizes.target_waiting,
+            upscale_delay_s=5.0,
+            downscale_delay_s=120.0,
+            metrics_interval_s=1.0,
+            look_back_period_s=5.0,
+            policy=AutoscalingPolicy(policy_function="dualvla_serve.scaling:by_queue"),
+        )
+        if sizes.automatic
+        else None
+    )
+    deployment = serve.deployment(
+        name=DEPLOYMENT,
+        num_replicas=None if automatic else sizes.replicas,
+        autoscaling_config=automatic,
+        ray_actor_options={"num_cpus": sizes.cpus, "num_gpus": sizes.gpus},
         max_ongoing_requests=_MOST_CONNECTIONS,
         max_constructor_retry_count=1,  # a policy that does not load once does not load twice
-        request_router_config=RequestRouterConfig(
-            request_router_class=_ROUTER,
-            request_router_kwargs={"num_fallback_replicas": 0},  # another replica does not know the session
-        ),
-    )(ModelReplica)
-    ingress = serve.deployment(
-        name="Ingress",
-        ray_actor_options={"num_cpus": 0.1},
-        max_ongoing_requests=_MOST_CONNECTIONS,
-        graceful_shutdown_timeout_s=2.0,  # connected robots would keep it open for ever
-    )(serve.ingress()(Ingress))
-    return ingress.bind(model.bind(load, config.max_batch_size), config)
+        graceful_shutdown_timeout_s=5.0,  # connected robots would keep it open for ever; they resume elsewhere
+        user_config={"models": dict(models)},
+    )
+    return deployment(serve.ingress()(PolicyReplica)).bind(config, source)
+
+
+def application(args: Mapping[str, Any]) -> serve.Application:
+    """For Serve's YAML: `import_path: dualvla_serve.deploy:application`, `args`: `models` and the fields of
+    `EndpointConfig`. Raises: UsageError for an unknown one."""
+    fields = dict(args)
+    models = fields.pop("models", None)
+    if not isinstance(models, Mapping) or not models:
+        raise UsageError("The application's args have no 'models'.", "write models: {NAME: CHECKPOINT}")
+    config = from_dict(EndpointConfig, fields, "args")
+    return build(checkpoint_source(config), {str(k): str(v) for k, v in models.items()}, config)
+
+
+def checkpoint_source(config: EndpointConfig) -> OpenSource:
+    from dualvla_serve import checkpoint
+
+    return functools.partial(checkpoint.source, device="cuda" if config.scaling.gpus else "cpu")
 
 
 @contextlib.contextmanager
 def running(load: LoadPolicy, config: EndpointConfig) -> Iterator[str]:
-    """Serves on the connected Ray cluster while the context lasts; yields the URL once the policy is warm.
+    """Serves one policy, as `serving` does."""
+    source = functools.partial(ModelSource, load)
+    with serving(source, {DEFAULT_MODEL: "1"}, config) as address:
+        yield address
 
-    Raises: PlatformError if the port is taken; PolicyError if the policy does not load or warm up.
+
+@contextlib.contextmanager
+def serving(source: OpenSource, models: Mapping[str, str], config: EndpointConfig) -> Iterator[str]:
+    """Serves on the connected Ray cluster while the context lasts; yields HOST:PORT once all models are warm.
+
+    Raises: PlatformError if the port is taken; PolicyError if a model does not load or warm up.
     """
     port = config.port or free_port(config.host)
     _require_free(config.host, port)
-    _start(config.host, port)
+    _start(config, port)
     try:
-        serve.run(build(load, config), name=config.name, route_prefix="/", logging_config=_QUIET)
+        serve.run(build(source, models, config), name=config.name, route_prefix="/", logging_config=_QUIET)
     except RuntimeError as error:
         reason = _failure(config.name) or str(error)
         _stop(config.name)
         raise PolicyError(f"The endpoint did not start: {reason}", "try the checkpoint with `dualvla eval`") from error
     try:
         base = f"{config.host if ':' not in config.host else f'[{config.host}]'}:{port}"
-        _wait_until_listening(f"http://{base}/healthz")
+        _wait_until_listening(f"{'https' if config.tls else 'http'}://{base}/healthz")
         yield base
     finally:
         _stop(config.name)
 
 
-def _start(host: str, port: int) -> None:
-    http = HTTPOptions(host=host, port=port, request_timeout_s=None)
+def exchange(source: OpenSource, models: Mapping[str, str], config: EndpointConfig) -> None:
+    """Other models, or other versions, for an endpoint that is running with this very config; no robot is dropped."""
+    serve.run(build(source, models, config), name=config.name, route_prefix="/", logging_config=_QUIET, blocking=False)
+
+
+def _start(config: EndpointConfig, port: int) -> None:
+    tls = {"ssl_certfile": config.tls.certificate, "ssl_keyfile": config.tls.key} if config.tls else {}
     start = functools.partial(
         serve.start,
-        http_options=http,
+        http_options=HTTPOptions(host=config.host, port=port, request_timeout_s=None, **tls),
         logging_config=_QUIET,
         controller_options={"runtime_env": {"env_vars": _PATIENCE}},
     )
@@ -199,6 +240,7 @@ def _failure(name: str) -> str:
 
 def _stop(name: str) -> None:
     """Ends this endpoint, and Serve with it unless the cluster serves something else."""
+    link.retire(name)
     serve.delete(name)
     if not serve.status().applications:
         serve.shutdown()
@@ -221,10 +263,12 @@ def _family(host: str) -> socket.AddressFamily:
 
 
 def _wait_until_listening(url: str, timeout_s: float = 120.0) -> None:
+    trusting = ssl.create_default_context()  # our own certificate, on our own machine, and nothing secret is sent
+    trusting.check_hostname, trusting.verify_mode = False, ssl.CERT_NONE
     deadline = time.monotonic() + timeout_s
     while True:
         try:
-            with urllib.request.urlopen(url, timeout=5) as answer:
+            with urllib.request.urlopen(url, timeout=5, context=trusting) as answer:
                 if answer.status == 200:
                     return
         except (urllib.error.URLError, OSError) as error:

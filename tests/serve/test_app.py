@@ -20,9 +20,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import uvicorn
 from PIL import Image
-from serve_fakes import SPEC, CountingPolicy, example, load_counting
+from serve.local_endpoint import listening
+from serve_fakes import SPEC, CountingPolicy, example
 from websockets.exceptions import ConnectionClosed, InvalidStatus
 from websockets.sync.client import ClientConnection, connect
 
@@ -31,30 +31,10 @@ from dualvla.errors import ServerError, UsageError, WireError
 from dualvla.policy import Policy
 from dualvla.schema import Observation
 from dualvla.wire import messages
-from dualvla.wire.openpi import WireLimits, pack, unpack
-from dualvla_serve.app import create_app
-from dualvla_serve.backend import PolicyRunner
-from dualvla_serve.keys import KeyRing, read_keys
+from dualvla.wire.openpi import pack, unpack
+from dualvla_serve.keys import read_keys
 
 KEY, ADMIN_ONLY = "infer-key-0123456789", "admin-key-0123456789"
-
-
-@contextlib.contextmanager
-def listening(ring: KeyRing | None = None, port: int = 0) -> Iterator[str]:
-    """HOST:PORT of an endpoint in a thread."""
-    app = create_app(PolicyRunner(load_counting, max_batch_size=16), ring, WireLimits())
-    config = uvicorn.Config(app, host="127.0.0.1", port=port, log_config=None, timeout_graceful_shutdown=1)
-    server = uvicorn.Server(config)
-    thread = threading.Thread(target=server.run, daemon=True)
-    thread.start()
-    try:
-        while not server.started:
-            assert thread.is_alive()
-            time.sleep(0.01)
-        yield f"127.0.0.1:{server.servers[0].sockets[0].getsockname()[1]}"
-    finally:
-        server.should_exit = True
-        thread.join(10)
 
 
 @pytest.fixture(scope="module")
@@ -67,7 +47,7 @@ def address() -> Iterator[str]:
 def locked(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     file = tmp_path_factory.mktemp("keys") / "keys"
     file.write_text(f"# robots\n{KEY}\n\n{ADMIN_ONLY} admin\n")
-    with listening(read_keys(str(file))) as found:
+    with listening(keys_file=str(file)) as found:
         yield found
 
 

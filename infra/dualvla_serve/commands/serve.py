@@ -5,42 +5,128 @@ from __future__ import annotations
 import argparse
 import json
 import logging
+import os
 import signal
 import threading
 from collections.abc import Mapping
-from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from dualvla.cli import Command
+from dualvla.errors import UsageError
+
+if TYPE_CHECKING:
+    from dualvla_serve.config import EndpointConfig
 
 log = logging.getLogger(__name__)
 
+_STATE_DIR = os.path.join("~", ".dualvla", "serve")
+
 
 def configure(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("checkpoint", help="checkpoint folder")
-    parser.add_argument("--host", default="127.0.0.1", help="address to listen on; any but this machine's needs keys")
-    parser.add_argument("--port", type=int, default=8000, help="TCP port; 0: any free one")
-    parser.add_argument("--keys-file", help="one key a line, its scopes after a space (default: infer)")
-    parser.add_argument("--replicas", type=int, default=1, help="copies of the policy that answer side by side")
+    add = parser.add_argument
+    add("checkpoint", help="checkpoint folder")
+    add("--host", default="127.0.0.1", help="address to listen on; any but this machine's needs keys")
+    add("--port", type=int, default=8000, help="TCP port; 0: any free one")
+    add("--direct-ports", metavar="FIRST-LAST", help="TCP ports of the replicas' own listeners (default: any free one)")
+    add("--keys-file", help="one key a line, then its scopes (default: infer) and expires=DATE; may change")
+    add("--cert", help="TLS certificate, a PEM file")
+    add("--key-file", help="the certificate's private key, a PEM file")
+    add("--replicas", type=int, default=1, help="copies of the policy that answer side by side")
+    add("--autoscale", metavar="LEAST:MOST", help="replicas follow the queue between these numbers")
+    add("--cpus", type=float, help="CPUs that Ray reserves for a replica; fractions allowed")
+    add("--gpus", type=float, help="GPUs for a replica; fractions allowed; more than 0 puts the policy on CUDA")
+    add("--model", action="append", default=[], metavar="NAME=CHECKPOINT", help="one more checkpoint to serve")
+    add("--embodiment", help="limits of the robot's actions: a built-in name or a JSON file (docs/serving.md)")
+    add("--deadline-ms", type=float, help="requests that carry no deadline get this one, from their arrival")
+    add("--observation-keys", metavar="FILE", help="JSON: more mappings of other clients' observation keys")
+    add("--record", metavar="DIR", help="record all sessions as data sets in this folder or URL")
+    add("--state-dir", default=_STATE_DIR, help="where the emergency stop is kept, a folder or URL")
+    add("--status-page", action="store_true", help="a page of live sessions at /status, for keys of scope admin")
 
 
 def run(arguments: argparse.Namespace) -> dict[str, Any]:
     from dualvla.models.checkpoint import load_config
     from dualvla_cluster.connect import connect
-    from dualvla_serve import checkpoint
-    from dualvla_serve.deploy import EndpointConfig, running
+    from dualvla_serve.deploy import DEFAULT_MODEL, checkpoint_source, serving
     from dualvla_serve.keys import read_keys
 
-    load_config(arguments.checkpoint)  # a mistake is told before anything starts
-    ring = read_keys(arguments.keys_file) if arguments.keys_file else None
-    config = EndpointConfig(host=arguments.host, port=arguments.port, ring=ring, replicas=arguments.replicas)
-    connect(num_cpus=config.replicas + 2)
-    with running(partial(checkpoint.load, arguments.checkpoint), config) as address:
-        endpoint = {"websocket": f"ws://{address}", "http": f"http://{address}/v1/infer"}
+    models = {DEFAULT_MODEL: arguments.checkpoint, **_more_models(arguments.model)}
+    for folder in models.values():
+        load_config(folder)  # a mistake is told before anything starts
+    if arguments.keys_file:
+        read_keys(arguments.keys_file)
+    config = endpoint_config(arguments)
+    connect(num_cpus=max(config.scaling.replicas, config.scaling.most) + 2)
+    with serving(checkpoint_source(config), models, config) as address:
+        web, sockets = ("https", "wss") if config.tls else ("http", "ws")
+        endpoint = {"websocket": f"{sockets}://{address}", "http": f"{web}://{address}/v1/infer"}
         print(json.dumps(endpoint) if arguments.json else _announcement(endpoint), flush=True)
         _wait_for_signal()
         log.info("stopping")
     return {"checkpoint": arguments.checkpoint, **endpoint}
+
+
+def endpoint_config(arguments: argparse.Namespace) -> EndpointConfig:
+    """Raises: UsageError."""
+    from dualvla_serve.config import EndpointConfig, Scaling, Tls
+
+    if bool(arguments.cert) != bool(arguments.key_file):
+        raise UsageError("TLS needs a certificate and its key.", "pass both --cert and --key-file")
+    least, most = _range(arguments.autoscale, ":", "--autoscale") if arguments.autoscale else (0, 0)
+    sizes = {"cpus": arguments.cpus, "gpus": arguments.gpus}
+    given = {
+        "embodiment": arguments.embodiment,
+        "deadline_ms": arguments.deadline_ms,
+        "record": arguments.record,
+        "direct_ports": _range(arguments.direct_ports, "-", "--direct-ports") if arguments.direct_ports else None,
+        "observation_keys": _mappings(arguments.observation_keys) if arguments.observation_keys else None,
+    }
+    return EndpointConfig(
+        host=arguments.host,
+        port=arguments.port,
+        keys_file=os.path.abspath(arguments.keys_file) if arguments.keys_file else None,
+        tls=Tls(os.path.abspath(arguments.cert), os.path.abspath(arguments.key_file)) if arguments.cert else None,
+        scaling=Scaling(
+            replicas=max(arguments.replicas, least) if least else arguments.replicas,
+            least=least,
+            most=most,
+            **{name: value for name, value in sizes.items() if value is not None},
+        ),
+        state_dir=os.path.expanduser(arguments.state_dir),
+        status_page=arguments.status_page,
+        **{name: value for name, value in given.items() if value is not None},
+    )
+
+
+def _more_models(texts: list[str]) -> dict[str, str]:
+    models = {}
+    for text in texts:
+        name, sign, folder = text.partition("=")
+        if not sign or not name or not folder:
+            raise UsageError(f"'--model {text}' names no checkpoint.", "write --model NAME=CHECKPOINT")
+        models[name] = folder
+    return models
+
+
+def _range(text: str, separator: str, option: str) -> tuple[int, int]:
+    first, sign, last = text.partition(separator)
+    if not sign or not first.isdecimal() or not last.isdecimal() or int(first) > int(last):
+        raise UsageError(f"'{option} {text}' is no range.", f"write it as {option} 2{separator}5")
+    return int(first), int(last)
+
+
+def _mappings(path: str) -> dict[str, Any]:
+    from dualvla.config import from_dict
+    from dualvla.io import storage
+    from dualvla.wire.mapping import BUILT_IN, ObservationKeys
+
+    try:
+        named = json.loads(storage.read_bytes(path))
+    except ValueError as error:
+        raise UsageError(f"'{path}' is no JSON: {error}.", "see docs/serving.md") from error
+    if not isinstance(named, dict):
+        raise UsageError(f"'{path}' is no JSON object.", "see docs/serving.md")
+    return {**BUILT_IN, **{name: from_dict(ObservationKeys, keys, name) for name, keys in named.items()}}
 
 
 def _wait_for_signal() -> None:
