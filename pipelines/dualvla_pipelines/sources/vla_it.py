@@ -44,8 +44,8 @@ def build_index(url: str, folder: str) -> dict[str, Any]:
     """
     entries: dict[str, list[Annotation]] = {}
     try:
-        for file_path, episodes in json.loads(storage.read_bytes(url), object_pairs_hook=_Pairs):
-            for episode_id, content in episodes:
+        for file_path, episodes in _pairs(json.loads(storage.read_bytes(url), object_pairs_hook=_Pairs), "the file"):
+            for episode_id, content in _pairs(episodes, file_path):
                 one = _annotation(episode_key(file_path, episode_id), content)
                 entries.setdefault(one.key, []).append(one)
     except (ValueError, TypeError, AttributeError, KeyError) as error:
@@ -83,9 +83,14 @@ def _annotation(key: str, content: Any) -> Annotation:
     return Annotation(key, primitives, texts)
 
 
-def _once(pairs: Any, where: str) -> dict[str, Any]:
-    if not isinstance(pairs, _Pairs):
-        raise ValueError(f"'{where}' holds {pairs!r} where an object belongs")
+def _pairs(value: Any, where: str) -> _Pairs:
+    if not isinstance(value, _Pairs):
+        raise ValueError(f"'{where}' holds {value!r:.80} where an object belongs")
+    return value
+
+
+def _once(value: Any, where: str) -> dict[str, Any]:
+    pairs = _pairs(value, where)
     doubled = [name for name, count in Counter(name for name, _ in pairs).items() if count > 1]
     if doubled:
         raise ValueError(f"'{where}' names '{doubled[0]}' twice")
