@@ -212,7 +212,8 @@ def _add_admin(app: FastAPI, replica: Replica) -> None:
         picture = pictures.get(camera) if camera else next(iter(pictures.values()), None)
         if picture is None:
             return Response(status_code=202)
-        headers = {"X-Reasoning": quote(reasoning), "X-Seq": str(seq), "Cache-Control": "no-store"}
+        cameras = ",".join(quote(name) for name in pictures)
+        headers = {"X-Reasoning": quote(reasoning), "X-Seq": str(seq), "X-Cameras": cameras, "Cache-Control": "no-store"}
         return Response(picture, media_type="image/png", headers=headers)
 
 
