@@ -18,7 +18,7 @@ import dualvla
 from dualvla.config import from_dict, to_dict
 from dualvla.errors import CheckpointError, DataError, UsageError
 from dualvla.io import storage
-from dualvla.models.config import Adapter, ModelConfig
+from dualvla.models.config import Adapter, ModelConfig, computed_as
 from dualvla.models.processing import Processor
 from dualvla.models.stages import group_of, prepare
 from dualvla.models.vla import VLA
@@ -64,14 +64,17 @@ def load_config(folder: str) -> ModelConfig:
     return config
 
 
-def load_model(folder: str, stage: str | None = None, seed: int = 0) -> tuple[VLA, Processor, ModelConfig]:
+def load_model(
+    folder: str, stage: str | None = None, seed: int = 0, like: ModelConfig | None = None
+) -> tuple[VLA, Processor, ModelConfig]:
     """The model in eval mode, its processor and its configuration.
 
     `stage` prepares it for training in that stage: adapters it lacks are added with zero effect (`seed` draws their
-    inner weights).
+    inner weights). like: whose attention, gradient checkpointing and frozen groups are taken (default: its own).
     Raises: CheckpointError naming what is missing, damaged or of another architecture.
     """
     saved = load_config(folder)
+    saved = saved if like is None else computed_as(saved, like)
     config = saved if stage is None else prepare(saved, stage)
     processor = Processor.load(folder, config)
     try:

@@ -15,6 +15,9 @@ from dualvla.errors import UsageError, did_you_mean
 from dualvla.schema import ACTION_SPACES, ActionSpace
 
 Adapter = Literal["action", "language"]
+Group = Literal[
+    "backbone", "vision", "words", "tower", "queries", "grounding", "head", "action", "language", "gate"
+]  # of parameters; see stages.py
 Divergence = Literal["forward", "reverse", "mixed", "jensen-shannon"]
 
 
@@ -92,7 +95,10 @@ class ModelConfig:
 
     backbone: str | None = None  # a Hugging Face name or folder; None: random weights from `backbone_config`
     backbone_config: dict[str, Any] = field(default_factory=dict)
-    attention: str = "eager"  # SDPA's backward is slower than eager on CPUs in bf16
+    attention: Literal["eager", "sdpa", "flash_attention_2", "flex_attention"] = "eager"  # sdpa is slow on CPUs in bf16
+    gradient_checkpointing: bool = False  # compute the backbone's layers again in the backward pass: less memory
+    frozen: tuple[Group, ...] = ()  # groups of parameters that never train, whatever stages.py says
+    tuned: tuple[Group, ...] = ()  # groups that train in every stage, beside those of stages.py
     vocab_size: int = 512  # of the tokenizer trained on the spot; a named backbone brings its own tokenizer
     image_size: int = 64
     cameras: tuple[str, ...] = ("main",)
@@ -119,6 +125,14 @@ class ModelConfig:
                 f"Unknown action space '{self.action_space}'.", did_you_mean(self.action_space, ACTION_SPACES)
             )
         return ACTION_SPACES[self.action_space]
+
+
+_HOW = ("attention", "gradient_checkpointing", "frozen", "tuned")
+
+
+def computed_as(config: ModelConfig, other: ModelConfig) -> ModelConfig:
+    """`config`'s model, computed and trained in the way that `other` says: what is no part of an architecture."""
+    return dataclasses.replace(config, **{name: getattr(other, name) for name in _HOW})
 
 
 def thinking_as_often(config: ModelConfig, keep_ratio: float) -> ModelConfig:

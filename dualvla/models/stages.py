@@ -10,9 +10,7 @@ from typing import Literal
 from torch import nn
 
 from dualvla.errors import UsageError, did_you_mean
-from dualvla.models.config import Adapter, ModelConfig
-
-Group = Literal["backbone", "vision", "words", "tower", "queries", "grounding", "head", "action", "language", "gate"]
+from dualvla.models.config import Adapter, Group, ModelConfig
 
 
 @dataclass(frozen=True)
@@ -80,7 +78,8 @@ def prepare(config: ModelConfig, stage: str) -> ModelConfig:
 def apply_stage(model: nn.Module, stage: str, config: ModelConfig) -> list[str]:
     """Sets requires_grad of every parameter; returns the names of those that train."""
     row = get_stage(stage)
-    groups = row.from_scratch if config.backbone is None else row.trains
+    groups = (row.from_scratch if config.backbone is None else row.trains) | set(config.tuned)
+    groups -= set(config.frozen)
     trained = []
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(group_of(name) in groups)

@@ -43,12 +43,41 @@ BACKBONES: dict[str, dict[str, Any]] = {
         "text_config": {"model_type": "gemma", **_TEXT},
     },
 }
+_QWEN_TEXT = {**_TEXT, "rope_parameters": {"rope_type": "default", "rope_theta": 10_000.0, "mrope_section": [2, 3, 3]}}
+_QWEN_VISION = {"depth": 2, "num_heads": 2, "patch_size": 4, "spatial_merge_size": 2}
+MORE_BACKBONES: dict[str, dict[str, Any]] = {
+    "smolvlm": {**BACKBONES["idefics3"], "model_type": "smolvlm"},
+    "internvl": {
+        "model_type": "internvl",
+        "downsample_ratio": 0.5,
+        "vision_config": {**_VISION, "patch_size": 4},
+        "text_config": {"model_type": "qwen2", **_TEXT},
+    },
+    "llava": {
+        "model_type": "llava",
+        "vision_config": {"model_type": "clip_vision_model", **_VISION, "num_hidden_layers": 2},
+        "text_config": {"model_type": "llama", **_TEXT},
+    },
+    "qwen2_vl": {
+        "model_type": "qwen2_vl",
+        "vision_config": {**_QWEN_VISION, "embed_dim": 32, "hidden_size": 32},
+        "text_config": _QWEN_TEXT,
+    },
+    "qwen2_5_vl": {
+        "model_type": "qwen2_5_vl",
+        "vision_config": {
+            **_QWEN_VISION, "hidden_size": 32, "intermediate_size": 64, "out_hidden_size": 32,
+            "window_size": 16, "fullatt_block_indexes": [1],
+        },
+        "text_config": _QWEN_TEXT,
+    },
+}  # fmt: skip
 TEXTS = ("touch the red cube", "how many cubes are there?", "plan: reach the red cube. move: left.", "two cubes")
 
 
 def config(of: str = "idefics3", **changes: Any) -> ModelConfig:
     values: dict[str, Any] = {
-        "backbone_config": BACKBONES[of],
+        "backbone_config": (BACKBONES | MORE_BACKBONES)[of],
         "image_size": 32,
         "proprio_dim": 3,
         "num_queries": 3,
