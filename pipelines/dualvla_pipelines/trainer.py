@@ -43,7 +43,6 @@ log = logging.getLogger(__name__)
 
 METRICS = "metrics.jsonl"
 _STATE = "state"  # DeepSpeed's folder inside a resume state
-_RESHAPED = ".reshaped"  # a resume state of another number of workers, on its way in
 _NEARLY_FULL_BYTES = 1 << 20
 
 
@@ -83,14 +82,12 @@ def train(job: TrainJob) -> None:
     model, processor, model_config = build(job, rows)
     apply_stage(model, job.stage, model_config)
     micro_batches = job.config.micro_batches(world)
-    saved = resume.newest(_resume_root(job))
-    reshaped = saved is not None and saved.facts["workers"] != world
-    engine = zero.initialize(model, job.config, micro_batches, universal=reshaped)
+    engine = zero.initialize(model, job.config, micro_batches)
     averages = zero.Averages(engine, job.config.ema_decay)
-    teachers = load_teachers(job, engine.device)
+    teachers = load_teachers(job)
     sampler = Sampler(rows.counts, job.config.batch_size, job.config.multimodal_fraction, job.seed)
 
-    first = 0 if saved is None else _restore(job, engine, averages, saved)
+    first = _restore(job, engine, averages)
     with _metrics(job, first) as record:
         for step in range(first, job.last_step):
             started = time.perf_counter()
@@ -98,10 +95,8 @@ def train(job: TrainJob) -> None:
                 rows.sample(domain, row, model_config.horizon, job.config.use_reasoning)
                 for domain, row in sampler.batch(step)[rank::world]
             ]
-            batch = _on(engine.device, processor.collate(samples, seed=job.seed, step=step))
+            batch = processor.collate(samples, seed=job.seed, step=step)
             metrics = _step(engine, batch, micro_batches, teachers, job, step)
-            if not math.isfinite(metrics["loss"]):
-                _give_up(job, step, metrics, batch, [sample.key for sample in samples])
             averages.update(step)
             elapsed = time.perf_counter() - started
             record({"step": step + 1, **metrics, "samples_per_s": round(job.config.batch_size / elapsed, 2)})
@@ -128,22 +123,18 @@ def build(job: TrainJob, rows: TrainRows) -> tuple[VLA, Processor, ModelConfig]:
     return model, processor, model.config
 
 
-def load_teachers(job: TrainJob, device: torch.device) -> Teachers | None:
+def load_teachers(job: TrainJob) -> Teachers | None:
     """Frozen models outside ZeRO: the specialist, and a copy of what the student starts from. None but in "dual"."""
     if job.stage != "dual":
         return None
     assert job.action_teacher is not None
     assert job.init is not None
-    return Teachers.in_process(action=_frozen(job.action_teacher, device), reasoning=_frozen(job.init, device))
+    return Teachers.in_process(action=_frozen(job.action_teacher), reasoning=_frozen(job.init))
 
 
-def _frozen(folder: str, device: torch.device) -> VLA:
+def _frozen(folder: str) -> VLA:
     model, _, _ = load_model(folder)
-    return model.eval().requires_grad_(False).to(device)
-
-
-def _on(device: torch.device, batch: dict[str, Tensor]) -> dict[str, Tensor]:
-    return {name: tensor.to(device, non_blocking=True) for name, tensor in batch.items()}
+    return model.eval().requires_grad_(False)
 
 
 def _step(
@@ -164,25 +155,18 @@ def _step(
         engine.backward(out["loss"])
         engine.step()
         for name, value in out.items():
-            totals[name] = totals.get(name, 0.0) + value.detach().float() / micro_batches
+            totals[name] = totals.get(name, torch.zeros(())) + value.detach().float() / micro_batches
     names = sorted(totals)
     values = torch.stack([totals[name] for name in names])
     dist.all_reduce(values)
     metrics = dict(zip(names, (values / dist.get_world_size()).tolist(), strict=True))
+    if not math.isfinite(metrics["loss"]):
+        terms = ", ".join(f"{name} {value}" for name, value in metrics.items())
+        raise TrainingError(
+            f"The loss of step {step + 1} is not finite ({terms}); batch: {', '.join(sorted(batch))}.",
+            "lower lr, or look for broken rows with `dualvla prune`",
+        )
     return metrics | {"lr": lr, "grad_norm": float(engine.get_global_grad_norm() or 0.0)}
-
-
-def _give_up(job: TrainJob, step: int, metrics: dict[str, float], batch: dict[str, Tensor], keys: list[int]) -> None:
-    """Keeps this worker's share of the batch for whoever looks into it, and stops. Raises: TrainingError."""
-    url = Path(job.out, "failed", f"step-{step + 1:08d}-rank-{dist.get_rank()}.safetensors")
-    url.parent.mkdir(exist_ok=True)
-    save_file({n: t.contiguous() for n, t in batch.items()}, url, metadata={"rows": json.dumps(keys)})
-    dist.barrier()
-    terms = ", ".join(f"{name} {value}" for name, value in metrics.items())
-    raise TrainingError(
-        f"The loss of step {step + 1} is not finite ({terms}).",
-        f"lower lr, or look at the batch and its row numbers in '{url.parent}'",
-    )
 
 
 def _split(batch: dict[str, Tensor], parts: int) -> list[dict[str, Tensor]]:
@@ -230,26 +214,19 @@ def _save_engine(engine: Any, folder: str) -> None:
         raise
 
 
-def _restore(job: TrainJob, engine: Any, averages: zero.Averages, saved: resume.Saved) -> int:
-    """Loads a resume state, whatever number of workers wrote it. Returns how many steps are done."""
-    writers, world, rank = saved.facts["workers"], dist.get_world_size(), dist.get_rank()
-    folder = saved.folder
-    if writers != world:
-        if job.config.zero.stage != 3:
-            raise CheckpointError(
-                f"'{saved.folder}' was written by {writers} workers, not {world}.",
-                f"go on with --workers {writers}; with zero.stage=3 any number could",
-            )
-        folder = _resume_root(job) / _RESHAPED
-        if rank == 0:
-            shutil.rmtree(folder, ignore_errors=True)
-            zero.universal_state(str(saved.folder / _STATE), str(folder / _STATE))
-        dist.barrier()
-    engine.load_checkpoint(str(folder), tag=_STATE)
-    averages.load([load_file(saved.folder / f"averages-{writer}.safetensors") for writer in range(writers)], rank)
-    dist.barrier()
-    if writers != world and rank == 0:
-        shutil.rmtree(folder)
+def _restore(job: TrainJob, engine: Any, averages: zero.Averages) -> int:
+    """Loads the newest resume state. Returns how many steps are done."""
+    saved = resume.newest(_resume_root(job))
+    if saved is None:
+        return 0
+    workers = saved.facts["workers"]
+    if workers != dist.get_world_size():
+        raise CheckpointError(
+            f"'{saved.folder}' was written by {workers} workers, not {dist.get_world_size()}.",
+            f"go on with --workers {workers}",
+        )
+    engine.load_checkpoint(str(saved.folder), tag=_STATE)
+    averages.load(load_file(saved.folder / f"averages-{dist.get_rank()}.safetensors"))
     log.info("resuming after step %d", saved.step)
     return saved.step
 
