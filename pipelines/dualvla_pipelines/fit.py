@@ -7,7 +7,7 @@ from typing import Any
 
 from dualvla.config import to_dict
 from dualvla.errors import CheckpointError
-from dualvla.models.config import ModelConfig
+from dualvla.models.config import ModelConfig, computed_as
 from dualvla_pipelines.samples import RobotFacts
 
 _LEARNED = ("think_above",)  # set from data when a checkpoint is written
@@ -15,7 +15,7 @@ _LEARNED = ("think_above",)  # set from data when a checkpoint is written
 
 def check_architecture(found: ModelConfig, wanted: ModelConfig, folder: str) -> None:
     """Raises: CheckpointError naming the first thing in which a checkpoint's model is not the recipe's."""
-    ours = {name: value for name, value in to_dict(wanted).items() if name not in _LEARNED}
+    ours = {n: value for n, value in to_dict(computed_as(wanted, found)).items() if n not in _LEARNED}
     difference = _difference(to_dict(found), ours)
     if difference is not None:
         name, there, here = difference

@@ -83,6 +83,7 @@ def train(job: TrainJob) -> None:
     apply_stage(model, job.stage, model_config)
     micro_batches = job.config.micro_batches(world)
     engine = zero.initialize(model, job.config, micro_batches)
+    engine.train()  # a model that was loaded is in eval mode
     averages = zero.Averages(engine, job.config.ema_decay)
     teachers = load_teachers(job)
     sampler = Sampler(rows.counts, job.config.batch_size, job.config.multimodal_fraction, job.seed)
@@ -110,7 +111,7 @@ def train(job: TrainJob) -> None:
 def build(job: TrainJob, rows: TrainRows) -> tuple[VLA, Processor, ModelConfig]:
     """The model of the stage: from `job.init`, or new, with a processor fitted on the data. Equal on all workers."""
     if job.init is not None:
-        model, processor, config = load_model(job.init, stage=job.stage, seed=job.seed)
+        model, processor, config = load_model(job.init, stage=job.stage, seed=job.seed, like=job.model)
         check_architecture(config, prepare(job.model, job.stage), job.init)
         check_fit(config, rows.facts, job.data)
         return model, processor, config

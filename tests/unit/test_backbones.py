@@ -21,6 +21,7 @@ from dualvla.models.config import ModelConfig
 from dualvla.models.processing import Batch
 from dualvla.models.stages import apply_stage, group_of, prepare
 from dualvla.models.vla import VLA
+from dualvla_pipelines.fit import check_architecture
 
 CLASSES = sorted(fakes.BACKBONES | fakes.MORE_BACKBONES)
 PATCHES = ("qwen2_5_vl", "qwen2_vl")
@@ -171,10 +172,16 @@ def test_gradient_checkpointing_keeps_fewer_bytes_for_the_backward_pass() -> Non
     assert kept[1] < 0.7 * kept[0]
 
 
-def test_groups_freeze_and_thaw_by_configuration() -> None:
+def test_groups_freeze_and_thaw_by_configuration(tmp_path: Path) -> None:
     model, _ = _made("idefics3", frozen=("vision", "words"))
     assert not {"vision", "words"} & {group_of(n) for n in apply_stage(model, "specialist", model.config)}
-    model, _ = _made("idefics3", stage="dual", tuned=("head",))
+    processor = fakes.processor(model.config)
+    save_checkpoint(str(tmp_path), model.state_dict(), model.config, processor, {})
+    model, _, config = load_model(
+        str(tmp_path), "dual", like=fakes.config(tuned=("head",), gradient_checkpointing=True)
+    )
+    assert model.backbone.hf.is_activation_checkpointing
+    check_architecture(config, prepare(fakes.config(attention="sdpa"), "dual"), "c")
     assert "head" in {group_of(n) for n in apply_stage(model, "dual", model.config)}
     with pytest.raises(UsageError, match="vison"):
         from_dict(ModelConfig, {"frozen": ["vison"]})
