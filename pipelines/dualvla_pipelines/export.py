@@ -27,7 +27,7 @@ from dualvla.schema import ACTION_SPACES
 from dualvla_pipelines import lerobot_stats
 from dualvla_pipelines.parallel import run_each
 from dualvla_pipelines.sources import language
-from dualvla_pipelines.sources.lerobot import OWN_FACTS
+from dualvla_pipelines.sources.lerobot import LABELLED, OWN_FACTS
 
 KIND = "lerobot"
 _PROGRESS = "progress"
@@ -325,6 +325,7 @@ class PartExport:
             "dataset_to_index": frame + count,
             **{f"data/{name}": value for name, value in job.place.items()},
             **{ours: steps[0][name] for name, ours in OWN_FACTS.items()},
+            LABELLED: "keep_reasoning" in steps[0],
         }
         for camera, start_s in starts_s.items() if self.config.images == "video" else ():
             key = f"videos/{camera_key(camera)}"

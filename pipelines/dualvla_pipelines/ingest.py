@@ -192,7 +192,7 @@ class UnitIngest:
         damaged: dict[str, str] = {}
         for episode in episodes:
             joined = self._join(episode, job.refused)
-            good, bad = _sort_out(joined.rows, episode, self.source.passes_images)
+            good, bad = _sort_out(joined.rows, episode, self.source.passes_images, self.source.labelled)
             self._refuse_if_strict(episode, bad)
             rows_in += len(good) + len(bad)
             reasons.update(rejected.check for rejected in bad)
@@ -204,9 +204,9 @@ class UnitIngest:
                 if joined.beyond:
                     beyond[joined.key] = joined.beyond
             if good:
-                data.add(dataset.rows_to_table(good))
+                data.add(dataset.rows_to_table(good, self.source.labelled))
             if bad:
-                quarantine.add(_quarantine_table(bad))
+                quarantine.add(_quarantine_table(bad, self.source.labelled))
         tally = Tally(
             rows_in=rows_in,
             rows_quarantined=sum(part.rows for part in quarantine.close().values()),
@@ -294,7 +294,7 @@ _NEIGHBOUR = "same episode"
 
 
 def _sort_out(
-    rows: Sequence[dict[str, Any]], episode: Episode, decode_images: bool
+    rows: Sequence[dict[str, Any]], episode: Episode, decode_images: bool, labelled: bool
 ) -> tuple[list[dict[str, Any]], list[Rejected]]:
     """(fit rows, rejected rows with those the source rejected), in order.
 
@@ -302,7 +302,7 @@ def _sort_out(
     """
     faults: dict[int, checks.Finding] = {}
     if rows:
-        for finding in checks.check_rows(dataset.rows_to_table(rows), decode_images):
+        for finding in checks.check_rows(dataset.rows_to_table(rows, labelled), decode_images):
             if finding.severity == "error" and finding.row is not None:
                 faults.setdefault(finding.row, finding)
     lost = [rejected for rejected in episode.rejected if rejected.check != "convention"]
@@ -323,8 +323,8 @@ def _sort_out(
     return good, bad
 
 
-def _quarantine_table(bad: Sequence[Rejected]) -> pa.Table:
-    table = dataset.rows_to_table([rejected.row for rejected in bad])
+def _quarantine_table(bad: Sequence[Rejected], labelled: bool) -> pa.Table:
+    table = dataset.rows_to_table([rejected.row for rejected in bad], labelled)
     reasons = [f"{rejected.check}: {rejected.reason}" for rejected in bad]
     return table.append_column("reason", pa.array(reasons, type=pa.string()))
 

@@ -67,6 +67,10 @@ class Source(Protocol):
     def passes_images(self) -> bool:
         """Some images are the source's own bytes, which nobody has decoded yet."""
 
+    @property
+    def labelled(self) -> bool:
+        """Its steps carry the labels of pruning."""
+
     def units(self) -> Sequence[Unit]:
         """In a fixed order. The same source gives the same units."""
 

@@ -18,7 +18,8 @@ PERSISTENT, EVENTS = "language_persistent", "language_events"
 COLUMNS = (PERSISTENT, EVENTS)
 FEATURES = {name: {"dtype": "language", "shape": [1], "names": None} for name in COLUMNS}
 _MOTION, _REASONING, _EVENT = "motion", "reasoning", "event"
-_AS_JSON = ("scene_label", "action_label", "keep_reasoning", "target_pixel", "target_position")
+_LABELS = ("scene_label", "action_label", "keep_reasoning")
+_AS_JSON = (*_LABELS, "target_pixel", "target_position")
 # Whose text becomes the reasoning where there is none of style `reasoning`, in the order they are joined.
 _THOUGHTS = ("plan", "subtask")
 _SAME_TIME_S = 1e-4
@@ -59,8 +60,8 @@ def _row(style: str, content: str | None) -> dict[str, Any]:
     return {"role": "assistant", "content": content, "style": style, "camera": None, "tool_calls": None}
 
 
-def read(table: pa.Table, timestamps_s: np.ndarray) -> dict[str, list[Any]]:
-    """Step columns of one episode: reasoning, motion_primitive, events, targets and labels, where the table has them.
+def read(table: pa.Table, timestamps_s: np.ndarray, labelled: bool) -> dict[str, list[Any]]:
+    """Step columns of one episode: reasoning, motion_primitive, events, targets, and labels if it is `labelled`.
 
     Reasoning is style `reasoning`, else the plan and subtask that hold at the frame.
     """
@@ -70,7 +71,8 @@ def read(table: pa.Table, timestamps_s: np.ndarray) -> dict[str, list[Any]]:
     persistent = table[PERSISTENT].to_pylist() if PERSISTENT in table.column_names else [None] * length
     events = table[EVENTS].to_pylist() if EVENTS in table.column_names else [None] * length
     found: dict[str, list[Any]] = {"motion_primitive": [], "reasoning": [], "events": []}
-    extra: dict[str, list[Any]] = {name: [None] * length for name in _AS_JSON}
+    styles = _AS_JSON if labelled else _AS_JSON[len(_LABELS) :]
+    extra: dict[str, list[Any]] = {name: [None] * length for name in styles}
     for step in range(length):
         held = _active(persistent[step] or (), float(timestamps_s[step]))
         here = events[step] or ()
@@ -82,7 +84,7 @@ def read(table: pa.Table, timestamps_s: np.ndarray) -> dict[str, list[Any]]:
         for row in here:
             if row["style"] in extra:
                 extra[row["style"]][step] = json.loads(row["content"])
-    return found | {name: values for name, values in extra.items() if any(value is not None for value in values)}
+    return found | extra
 
 
 def _active(rows: Sequence[Mapping[str, Any]], time_s: float) -> dict[str, str | None]:

@@ -31,6 +31,7 @@ _INDEX_COLUMNS = ("timestamp", "frame_index", "episode_index", "index", "task_in
 _DAMAGE = (pa.ArrowInvalid, OSError)
 # Facts of an episode that `dualvla export` adds to meta/episodes; `file_path` and `episode_id` are taken from anyone.
 OWN_FACTS = {"episode_id": "dualvla/episode_id", "task": "dualvla/task", "split": "dualvla/split"}
+LABELLED = "dualvla/labelled"  # whether the steps carry the labels of pruning
 
 
 @dataclass(frozen=True)
@@ -81,6 +82,10 @@ class LeRobotSource:
     @property
     def passes_images(self) -> bool:
         return any(self.info["features"][key]["dtype"] == "image" for key in self.cameras)
+
+    @property
+    def labelled(self) -> bool:
+        return LABELLED in self.episodes_meta.column_names and bool(self._row(0)[LABELLED])
 
     def fingerprint(self) -> str:
         sizes, files = [], set()
@@ -223,7 +228,7 @@ class LeRobotSource:
         return [self.tasks.get(index, "") for index in table["task_index"].to_pylist()]
 
     def _texts(self, row: Mapping[str, Any], table: pa.Table, timestamps: np.ndarray) -> dict[str, list[Any]]:
-        texts: dict[str, list[Any]] = language.read(table, timestamps)
+        texts: dict[str, list[Any]] = language.read(table, timestamps, self.labelled)
         if row.get(OWN_FACTS["task"]):
             texts["task"] = [row[OWN_FACTS["task"]]] * len(table)
         return texts

@@ -56,6 +56,10 @@ class RldsSource:
     def passes_images(self) -> bool:
         return True
 
+    @property
+    def labelled(self) -> bool:
+        return False
+
     def units(self) -> Sequence[Unit]:
         return [Unit(i, file.rsplit("/", 1)[-1], {"file": file}) for i, file in enumerate(_files(self.folder))]
 
