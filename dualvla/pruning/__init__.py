@@ -5,7 +5,7 @@ Knows numpy; never Ray. `action_labels` is Eq. 4, `FrameDifferences` a scene lab
 """
 
 from dualvla.pruning.events import FrameDifferences, SceneEventDetector
-from dualvla.pruning.kinematics import POSE_DIMS, action_labels, action_labels_ragged
+from dualvla.pruning.kinematics import POSE_DIMS, action_labels, action_labels_ragged, motion_changes
 from dualvla.pruning.masks import MODES, Mode, combine
 
 __all__ = [
@@ -17,4 +17,5 @@ __all__ = [
     "action_labels",
     "action_labels_ragged",
     "combine",
+    "motion_changes",
 ]

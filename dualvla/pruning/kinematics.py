@@ -1,7 +1,8 @@
 """The action label: where the arm changes its motion or the gripper its state (Eq. 4 of the paper; parameter-free).
 
-Knows poses and gripper openings as arrays only: nothing of images, text, files or control rates. Works on many episodes
-laid end to end at once, so that the cost of numpy is paid once a batch and not once an episode.
+Knows poses and gripper openings as arrays only: nothing of images, text, files or control rates (a difference is
+compared with the mean of its own episode, so the rate cancels). Works on many episodes laid end to end at once, so that
+the cost of numpy is paid once a batch and not once an episode.
 
 Suffixes: M frames of all episodes, E episodes, A arms, P pose, R rotation.
 """
@@ -44,8 +45,21 @@ def action_labels_ragged(ee_pose_m_rad: np.ndarray, gripper: np.ndarray, lengths
     if not len(lengths):
         return np.zeros(0, dtype=bool)
     starts = np.cumsum(lengths) - lengths
-    fires_MA = _gripper_flips(gripper_MA, starts) | _motion_changes(pose_MAP, starts, lengths)
+    fires_MA = _gripper_flips(gripper_MA, starts) | _motion_fires(pose_MAP, starts, lengths)
     return fires_MA.any(axis=1)
+
+
+def motion_changes(ee_pose_m_rad: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """What the motion rule compares, of one episode: ||T''|| of every frame and arm [N, A], and its mean [A].
+
+    Per frame and in mixed units (m and rad), as Eq. 4 has it. Zero for an episode of fewer than 3 frames.
+    """
+    length = len(ee_pose_m_rad)
+    pose_MAP, _ = _by_arm(ee_pose_m_rad, np.zeros((length, np.shape(ee_pose_m_rad)[-1] // POSE_DIMS)))
+    if length < 3:
+        return np.zeros(pose_MAP.shape[:2]), np.zeros(pose_MAP.shape[1])
+    norm_MA = _second_differences(pose_MAP, np.array([0]), np.array([length]))
+    return norm_MA, norm_MA.mean(axis=0)
 
 
 def _by_arm(pose: np.ndarray, gripper: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -65,24 +79,31 @@ def _by_arm(pose: np.ndarray, gripper: np.ndarray) -> tuple[np.ndarray, np.ndarr
     return pose.reshape(len(pose), arms, POSE_DIMS), gripper.reshape(len(pose), arms)
 
 
-def _motion_changes(pose_MAP: np.ndarray, starts: np.ndarray, lengths: np.ndarray) -> np.ndarray:
+def _motion_fires(pose_MAP: np.ndarray, starts: np.ndarray, lengths: np.ndarray) -> np.ndarray:
     """||T''|| above its episode's mean, [M, A]."""
-    fires_MA = np.zeros(pose_MAP.shape[:2], dtype=bool)
     if len(pose_MAP) < 3:
-        return fires_MA
+        return np.zeros(pose_MAP.shape[:2], dtype=bool)
+    norm_MA = _second_differences(pose_MAP, starts, lengths)
+    mean_EA = np.add.reduceat(norm_MA, starts, axis=0) / lengths[:, None]
+    mean_EA[lengths < 3] = np.inf
+    return norm_MA > np.repeat(mean_EA, lengths, axis=0) + _ROUNDING
+
+
+def _second_differences(pose_MAP: np.ndarray, starts: np.ndarray, lengths: np.ndarray) -> np.ndarray:
+    """||T''||, [M, A] with M >= 3: central, both ends of an episode as their neighbour, angles unwrapped.
+
+    Means nothing in episodes of fewer than 3 frames.
+    """
     pose_MAP = pose_MAP.copy()
     pose_MAP[..., _ROTATION] = _unwrap(pose_MAP[..., _ROTATION], starts)
     second_MAP = np.zeros_like(pose_MAP)
     second_MAP[1:-1] = pose_MAP[2:] - 2.0 * pose_MAP[1:-1] + pose_MAP[:-2]
     norm_MA = np.sqrt((second_MAP * second_MAP).sum(axis=-1))
-
     long = lengths >= 3
     first, last = starts[long], starts[long] + lengths[long] - 1
     norm_MA[first] = norm_MA[first + 1]
     norm_MA[last] = norm_MA[last - 1]
-    mean_EA = np.add.reduceat(norm_MA, starts, axis=0) / lengths[:, None]
-    mean_EA[~long] = np.inf
-    return norm_MA > np.repeat(mean_EA, lengths, axis=0) + _ROUNDING
+    return norm_MA
 
 
 def _unwrap(angle_MAR: np.ndarray, starts: np.ndarray) -> np.ndarray:

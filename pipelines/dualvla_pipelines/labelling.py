@@ -22,9 +22,12 @@ from dualvla.schema import DOMAINS, step_schema
 
 _COLUMNS = step_schema().names
 _LABELS = [name for name in step_schema(labels=True).names if name not in _COLUMNS]
-TALLIED = ("episode_id", "domain", "task", "reasoning", "keep_reasoning")  # what `tally` reads of the labelled rows
+TALLIED = ("episode_id", "domain", "task", "reasoning", *_LABELS)  # what `tally` reads of the labelled rows
+TALLIED_BAD = ("episode_id", "domain", "reason")  # and of the quarantined ones
 _FINITE = ("ee_pose", "gripper", "proprio", "action")
-_EPISODES_PER_BATCH = 8  # decoded at a time: bounds memory, whatever the size of a part
+_DECODED_BYTES = 64 << 20  # whole episodes are decoded until they fill this: bounds memory, whatever the size of a part
+_WORD = r"\S+"
+_TOKEN = r"[\pL\pN_]+|[^\s\v\x1c-\x1f\x85\pZ\pL\pN_]"  # as `dualvla.pruning.statistics.tokens` splits
 
 
 @dataclass(frozen=True)
@@ -61,13 +64,15 @@ class Runs:
 
 
 def label_table(
-    table: pa.Table, mode: str, seed: int, detector: SceneEventDetector | None
+    table: pa.Table, mode: str, seed: int, detector: SceneEventDetector | None, camera: str | None = None
 ) -> tuple[pa.Table, pa.Table]:
     """(rows with labels, quarantined rows with a `reason`), both in the order of `table`, image bytes untouched.
 
     A robot episode with one unfit row is quarantined whole, because its motion has a hole; a multimodal row alone.
     Labels are null on multimodal rows, and scene_label is null everywhere without a detector (`action` and `none` need
-    none). Raises: DataError if columns are missing or the table is labelled already.
+    none). camera: the one whose images the detector sees (default: each step's first).
+
+    Raises: DataError if columns are missing or the table is labelled already.
     """
     table = _step_columns(table)
     runs = Runs.of(table)
@@ -76,7 +81,7 @@ def label_table(
         faults.setdefault(runs.of_row(row), reason)
     scene = np.zeros(len(table), dtype=bool)
     if detector is not None:
-        faults |= _label_scenes(table, runs, faults, detector, scene)
+        faults |= _label_scenes(table, runs, faults, detector, camera, scene)
     fit = np.array([run not in faults for run in range(len(runs.starts))], dtype=bool)
     action = _action_labels(table, runs, fit)
 
@@ -91,63 +96,91 @@ def label_table(
         "action_label": pa.array(action, mask=speechless),
         "keep_reasoning": pa.array(keep),
     }
-    is_good = runs.to_rows(fit)
-    good = table.filter(is_good)
+    good = table
     for name in _LABELS:
-        good = good.append_column(name, labels[name].filter(is_good))
+        good = good.append_column(name, labels[name])
+    if fit.all():  # no copy of the images
+        return good, table.slice(0, 0).append_column("reason", pa.array([], type=pa.string()))
+    is_good = runs.to_rows(fit)
     reasons = np.array([faults.get(run) for run in range(len(fit))], dtype=object)
-    bad = table.filter(~is_good)
-    bad = bad.append_column("reason", pa.array(runs.to_rows(reasons)[~is_good], type=pa.string()))
-    return good, bad
+    bad = table.filter(~is_good).append_column("reason", pa.array(runs.to_rows(reasons)[~is_good], type=pa.string()))
+    return good.filter(is_good), bad
 
 
 def tally(good: pa.Table, bad: pa.Table | None) -> dict[str, Any]:
     """JSON-ready counts of what `label_table` returned; `merge` adds them up.
 
-    tasks: robot task -> frames, kept_frames, words_before, words_after, episodes, episodes_without_reasoning.
+    tasks: robot task -> episodes, episodes_without_reasoning, frames, scene_frames and action_frames (where that label
+    fires), kept_frames, and words and tokens of their reasoning, before and after. episode_keys: hashes of all
+    episodes' names; robot_keys: of the robot ones, the quarantined included.
     """
-    robot = good.filter(_is(good, "domain", "robot"))
-    words = pc.fill_null(pc.count_substring_regex(robot["reasoning"], r"\S+"), 0)
-    counted = pa.table(
-        {
-            "task": robot["task"],
-            "episode_id": robot["episode_id"],
-            "frames": pa.array(np.ones(len(robot), dtype=np.int64)),
-            "kept_frames": pc.cast(robot["keep_reasoning"], pa.int64()),
-            "words_before": words,
-            "words_after": pc.multiply(words, pc.cast(robot["keep_reasoning"], pa.int32())),
-        }
-    )
-    sums = ("frames", "kept_frames", "words_before", "words_after")
-    episodes = counted.group_by(["task", "episode_id"], use_threads=False).aggregate([(name, "sum") for name in sums])
+    robot = good.select(TALLIED).filter(_is(good, "domain", "robot"))
+    keep = pc.cast(robot["keep_reasoning"], pa.int64())
+    words, tokens = _count(robot["reasoning"], _WORD), _count(robot["reasoning"], _TOKEN)
+    columns = {
+        "frames": pa.array(np.ones(len(robot), dtype=np.int64)),
+        "scene_frames": pc.fill_null(pc.cast(robot["scene_label"], pa.int64()), 0),
+        "action_frames": pc.cast(robot["action_label"], pa.int64()),
+        "kept_frames": keep,
+        "words_before": words,
+        "words_after": pc.multiply(words, keep),
+        "tokens_before": tokens,
+        "tokens_after": pc.multiply(tokens, keep),
+    }
+    counted = pa.table({"task": robot["task"], "episode_id": robot["episode_id"], **columns})
+    episodes = counted.group_by(["task", "episode_id"], use_threads=False).aggregate([(c, "sum") for c in columns])
     tasks: dict[str, Counter[str]] = {}
     for episode in episodes.to_pylist():
         counts = tasks.setdefault(episode["task"] or "", Counter())
-        counts.update({name: episode[f"{name}_sum"] for name in sums})
+        counts.update({name: episode[f"{name}_sum"] for name in columns})
         counts.update(episodes=1, episodes_without_reasoning=int(episode["kept_frames_sum"] == 0))
     reasons = bad["reason"].to_pylist() if bad is not None else []
+    robots = {*_names(good, robots_only=True), *(_names(bad, robots_only=True) if bad is not None else ())}
     return {
-        "first_episode": robot["episode_id"][0].as_py() if len(robot) else None,
-        "last_episode": robot["episode_id"][-1].as_py() if len(robot) else None,
+        "rows_out": len(good),
         "rows_quarantined": len(reasons),
         "reasons": dict(Counter(reasons)),
         "tasks": {task: dict(counts) for task, counts in tasks.items()},
+        "episode_keys": sorted(episode_key(name) for name in _names(good)),
+        "robot_keys": sorted(episode_key(name) for name in robots),
     }
 
 
 def merge(tallies: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """The sum of several `tally` results, keys sorted."""
+    """The sum of several `tally` results, keys sorted. episodes: how many different ones in all."""
     reasons: Counter[str] = Counter()
     tasks: dict[str, Counter[str]] = {}
     for one in tallies:
         reasons.update(one["reasons"])
         for task, counts in one["tasks"].items():
             tasks.setdefault(task, Counter()).update(counts)
+    keys = [np.array(one["episode_keys"], dtype=np.uint64) for one in tallies]
     return {
+        "rows_out": sum(one["rows_out"] for one in tallies),
         "rows_quarantined": sum(one["rows_quarantined"] for one in tallies),
+        "episodes": len(np.unique(np.concatenate(keys))) if keys else 0,
         "reasons": dict(sorted(reasons.items())),
         "tasks": {task: dict(tasks[task]) for task in sorted(tasks)},
     }
+
+
+def episode_key(episode_id: str) -> int:
+    """64 bits that stand for an episode's name where a million names would not fit, and that order them at random."""
+    return int.from_bytes(hashlib.blake2b(episode_id.encode(), digest_size=8).digest(), "big")
+
+
+def _names(table: pa.Table, robots_only: bool = False) -> list[str]:
+    ids = table["episode_id"]
+    if robots_only:
+        ids = ids.filter(_is(table, "domain", "robot"))
+    return ids.drop_null().unique().to_pylist()
+
+
+def _count(texts: pa.ChunkedArray, pattern: str) -> pa.Array:
+    """Matches in each text, int64, 0 for null. Each different text is counted once: most repeat."""
+    distinct = texts.combine_chunks().dictionary_encode()
+    counts = pc.cast(pc.count_substring_regex(distinct.dictionary, pattern), pa.int64())
+    return pc.fill_null(counts.take(distinct.indices), 0)
 
 
 def _step_columns(table: pa.Table) -> pa.Table:
@@ -189,39 +222,51 @@ def _row_faults(table: pa.Table, runs: Runs) -> Iterator[tuple[int, str]]:
         yield int(row), "the number of arms changes"
 
     steps = pc.fill_null(table["step"], -1).to_numpy()
-    follows = robot.copy()
-    follows[runs.starts] = False
-    for row in np.flatnonzero(follows):
-        if steps[row] != steps[row - 1] + 1:
-            yield int(row), f"step {steps[row]} follows step {steps[row - 1]}"
+    jumps = robot & (steps != np.roll(steps, 1) + 1)
+    jumps[runs.starts] = False
+    for row in np.flatnonzero(jumps):
+        yield int(row), f"step {steps[row]} follows step {steps[row - 1]}"
 
 
 def _label_scenes(
-    table: pa.Table, runs: Runs, faults: Mapping[int, str], detector: SceneEventDetector, scene: np.ndarray
+    table: pa.Table,
+    runs: Runs,
+    faults: Mapping[int, str],
+    detector: SceneEventDetector,
+    camera: str | None,
+    scene: np.ndarray,
 ) -> dict[int, str]:
     """Fills in `scene` for the robot runs without a fault. Returns the runs whose images cannot be used, with why."""
     unusable: dict[int, str] = {}
-    candidates = [int(run) for run in np.flatnonzero(runs.is_robot) if run not in faults]
-    for at in range(0, len(candidates), _EPISODES_PER_BATCH):
-        frames: dict[int, np.ndarray] = {}
-        for run in candidates[at : at + _EPISODES_PER_BATCH]:
-            try:
-                frames[run] = _first_camera(table["images"][runs.rows(run)])
-            except DataError as error:
-                unusable[run] = error.message
+    frames: dict[int, np.ndarray] = {}
+
+    def label() -> None:
         for run, labels in zip(frames, detector(list(frames.values())), strict=True):
             scene[runs.rows(run)] = labels
+        frames.clear()
+
+    for run in np.flatnonzero(runs.is_robot).tolist():
+        if run in faults:
+            continue
+        try:
+            frames[run] = decode_frames(table["images"][runs.rows(run)], camera)
+        except DataError as error:
+            unusable[run] = error.message
+        if sum(episode.nbytes for episode in frames.values()) >= _DECODED_BYTES:
+            label()
+    label()
     return unusable
 
 
-def _first_camera(images: pa.ChunkedArray) -> np.ndarray:
-    """uint8 [N, H, W, 3] of the first camera. Raises: DataError on a missing, broken or odd-sized image."""
+def decode_frames(images: pa.ChunkedArray, camera: str | None = None) -> np.ndarray:
+    """uint8 [N, H, W, 3] of one camera. Raises: DataError on a missing, broken or odd-sized image."""
     frames = []
     for row in images:
-        cameras = row.as_py()
-        if not cameras or cameras[0][1] is None:
-            raise DataError("a step has no image")
-        frames.append(decode_image(cameras[0][1]))
+        cameras = row.as_py() or []
+        data = next((data for name, data in cameras if camera in (None, name)), None)
+        if data is None:
+            raise DataError("a step has no image" + (f" of camera '{camera}'" if camera else ""))
+        frames.append(decode_image(data))
     if len({frame.shape for frame in frames}) > 1:
         raise DataError("the size of the images changes")
     return np.stack(frames)

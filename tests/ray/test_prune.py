@@ -9,8 +9,10 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+import psutil
 import pytest
 
 from dualvla import cli
@@ -23,6 +25,10 @@ pytestmark = pytest.mark.usefixtures("ray_cluster")
 
 def contents(folder: str | Path) -> dict[str, bytes]:
     return {str(p.relative_to(folder)): p.read_bytes() for p in sorted(Path(folder).rglob("*.parquet"))}
+
+
+def pictures(folder: str | Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in sorted((Path(folder) / "report").iterdir())}
 
 
 def spoil(folder: str, part: int) -> str:
@@ -39,6 +45,7 @@ def test_workers_change_no_byte_and_a_finished_folder_is_skipped(make_dataset: M
     result = cli.call("prune", [data, one, "--workers", "1"])
     cli.call("prune", [data, three, "--workers", "3"])
     assert contents(one) == contents(three)
+    assert pictures(one) == pictures(three)
     assert result["rows_in"] == result["rows_out"] == 4 * (3 * 12 + 2)
     again = cli.call("prune", [data, one])
     assert again == result | {"skipped": True}
@@ -46,38 +53,12 @@ def test_workers_change_no_byte_and_a_finished_folder_is_skipped(make_dataset: M
         cli.call("prune", [data, one, "--mode", "action"])
 
 
-def test_unfit_episodes_are_quarantined_and_counted(make_dataset: MakeDataset, tmp_path: Path) -> None:
-    data, out = make_dataset(), tmp_path / "out"
-    spoiled = spoil(data, 1)
-    result = cli.call("prune", [data, str(out)])
-    assert result["rows_quarantined"] == 12
-    assert result["rows_in"] == result["rows_out"] + 12
-    assert result["quarantine_reasons"] == {"ee_pose is not finite": 12}
-    (file,) = (out / "quarantine").iterdir()
-    assert set(dataset.read_table(str(file))["episode_id"].to_pylist()) == {spoiled}
-    assert spoiled not in dataset.open_dataset(str(out)).read(["episode_id"])["episode_id"].to_pylist()
-
-    with pytest.raises(DataError, match=f"{spoiled}.*step 0: ee_pose is not finite"):
-        cli.call("prune", [data, str(tmp_path / "strict"), "--strict"])
-
-
-def test_truncated_part_is_named(make_dataset: MakeDataset, tmp_path: Path) -> None:
-    data = make_dataset()
-    part = Path(dataset.part_url(data, 1))
-    part.write_bytes(part.read_bytes()[:-100])
-    with pytest.raises(DataError, match=r"part-00001\.parquet' is not a readable parquet file") as caught:
-        cli.call("prune", [data, str(tmp_path / "out")])
-    assert caught.value.fix
-    assert manifest.read(tmp_path / "out") is None
-
-
-def test_episode_split_between_parts_is_refused(make_dataset: MakeDataset, tmp_path: Path) -> None:
-    data = make_dataset(parts=2, episodes=1, questions=0)
-    whole = dataset.read_table(dataset.part_url(data, 0))
-    dataset.write_table(dataset.part_url(data, 0), whole.slice(0, 5))
-    dataset.write_table(dataset.part_url(data, 1), whole.slice(5))
-    with pytest.raises(DataError, match=r"is split between part-00000\.parquet and part-00001\.parquet"):
-        cli.call("prune", [data, str(tmp_path / "out")])
+def test_an_error_in_a_worker_arrives_as_it_was_raised(make_dataset: MakeDataset, tmp_path: Path) -> None:
+    data = make_dataset(parts=1)
+    spoiled = spoil(data, 0)
+    with pytest.raises(DataError, match=f"{spoiled}.*step 0: ee_pose is not finite") as caught:
+        cli.call("prune", [data, str(tmp_path / "out"), "--strict"])
+    assert caught.value.fix == "repair it, or leave out --strict"
 
 
 @pytest.mark.parametrize(
@@ -89,22 +70,53 @@ def test_wrong_input_is_refused(tmp_path: Path, arguments: list[str], error: typ
         cli.call("prune", [str(tmp_path / arguments[0]), str(tmp_path / arguments[1]), *arguments[2:]])
 
 
-@pytest.mark.slow
-def test_killed_half_way_it_resumes_to_the_same_bytes(make_dataset: MakeDataset, tmp_path: Path) -> None:
-    data, straight, resumed = make_dataset(parts=24), str(tmp_path / "straight"), tmp_path / "resumed"
-    cli.call("prune", [data, straight])
-    process = subprocess.Popen(
-        [sys.executable, "-m", "dualvla", "prune", data, str(resumed), "--workers", "1"], start_new_session=True
-    )
+def start(data: str, out: Path, workers: int) -> subprocess.Popen[bytes]:
+    command = [sys.executable, "-m", "dualvla", "prune", data, str(out), "--workers", str(workers)]
+    return subprocess.Popen(command, start_new_session=True)
+
+
+def wait_until(process: subprocess.Popen[bytes], met: Callable[[], Any]) -> Any:
     deadline = time.monotonic() + 120
-    while not list((resumed / "data").glob("*.parquet")):
+    while not (found := met()):
         assert time.monotonic() < deadline
         assert process.poll() is None
         time.sleep(0.01)
+    return found
+
+
+@pytest.mark.slow
+def test_killed_anywhere_it_resumes_to_the_same_bytes(
+    make_dataset: MakeDataset, tmp_path: Path, fault_seed: int
+) -> None:
+    data, straight, resumed = make_dataset(parts=24), str(tmp_path / "straight"), tmp_path / "resumed"
+    spoil(data, 5)
+    cli.call("prune", [data, straight])
+    kill_after = int(np.random.default_rng([fault_seed, 1]).integers(1, 20))
+    process = start(data, resumed, workers=1)
+    wait_until(process, lambda: len(list((resumed / "data").glob("*.parquet"))) >= kill_after)
     os.killpg(process.pid, signal.SIGKILL)
     process.wait()
     written = {path.name: path.stat().st_mtime_ns for path in (resumed / "data").glob("*.parquet")}
     assert manifest.read(resumed) is None or len(written) == 24
     cli.call("prune", [data, str(resumed)])
     assert contents(resumed) == contents(straight)
+    assert pictures(resumed) == pictures(straight)
+    assert manifest.read(resumed) == manifest.read(straight)
     assert {name: (resumed / "data" / name).stat().st_mtime_ns for name in written} == written
+
+
+@pytest.mark.slow
+def test_a_killed_worker_costs_nothing(make_dataset: MakeDataset, tmp_path: Path, fault_seed: int) -> None:
+    data, straight, out = make_dataset(parts=60, episodes=6), str(tmp_path / "straight"), tmp_path / "out"
+    cli.call("prune", [data, straight])
+    kill_after = int(np.random.default_rng([fault_seed, 2]).integers(1, 20))
+    process = start(data, out, workers=2)
+    wait_until(process, lambda: len(list((out / "data").glob("*.parquet"))) >= kill_after)
+
+    def workers() -> list[psutil.Process]:
+        mine = psutil.Process(process.pid).children(recursive=True)
+        return [p for p in mine if any("MapWorker" in word for word in p.cmdline())]
+
+    wait_until(process, workers)[0].kill()
+    assert process.wait(timeout=120) == 0
+    assert contents(out) == contents(straight)

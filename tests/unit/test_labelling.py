@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -11,7 +11,8 @@ import pytest
 from dualvla.errors import DataError
 from dualvla.io.dataset import encode_png, rows_to_table
 from dualvla.pruning import MODES, FrameDifferences, action_labels
-from dualvla_pipelines.labelling import label_table, tally
+from dualvla_pipelines import labelling
+from dualvla_pipelines.labelling import label_table, merge, tally
 
 MakeRows = Callable[..., list[dict[str, Any]]]
 DETECTOR = FrameDifferences()
@@ -59,6 +60,10 @@ def test_random_keeps_as_many_as_both_in_every_episode(make_rows: MakeRows) -> N
     assert len({tuple(episode) for episode in kept[1].tolist()}) > 1  # keyed by the episode, not only by the seed
 
 
+DAMAGED = bytearray(encode_png(np.zeros((8, 8, 3), np.uint8)))
+DAMAGED[33 + 4 : 33 + 8] = b"\xd8\xe4b\x02"  # the name of the chunk after the header: Pillow has an error of its own
+DAMAGED = bytes(DAMAGED)
+
 FAULTS: dict[str, tuple[dict[str, Any], str]] = {
     "NaN pose": ({"ee_pose": [np.nan] * 6}, "ee_pose is not finite"),
     "infinite gripper": ({"gripper": [np.inf]}, "gripper is not finite"),
@@ -66,10 +71,15 @@ FAULTS: dict[str, tuple[dict[str, Any], str]] = {
     "no pose": ({"ee_pose": None}, "ee_pose has 0 numbers"),
     "odd pose": ({"ee_pose": [0.0] * 7}, "ee_pose has 7 numbers"),
     "no gripper": ({"gripper": []}, "gripper has 0 numbers"),
+    "NaN gripper": ({"gripper": [np.nan]}, "gripper is not finite"),
+    "null in a pose": ({"ee_pose": [0.0, None, 0.0, 0.0, 0.0, 0.0]}, "ee_pose is not finite"),
     "second arm": ({"ee_pose": [0.0] * 12, "gripper": [0.0, 0.0]}, "number of arms"),
     "lost step": ({"step": 9}, "step 9 follows step 3"),
+    "repeated step": ({"step": 3}, "step 3 follows step 3"),
+    "step back": ({"step": 1}, "step 1 follows step 3"),
     "no image": ({"images": {}}, "no image"),
     "broken image": ({"images": {"main": b"\x89PNG\r\n\x1a\n"}}, "cannot be decoded"),
+    "damaged chunk": ({"images": {"main": DAMAGED}}, "cannot be decoded"),
     "other size": ({"images": {"main": encode_png(np.zeros((8, 8, 3), np.uint8))}}, "size of the images"),
 }
 
@@ -103,6 +113,43 @@ def test_scattered_and_foreign_rows_are_quarantined(make_rows: MakeRows) -> None
     ]
 
 
+def test_a_fault_far_into_a_table_is_found_at_its_row(make_rows: MakeRows) -> None:
+    rows = [row for name in "abc" for row in make_rows(name)]
+    rows[30] |= {"ee_pose": [np.inf] * 6}
+    _, bad = label_table(rows_to_table(rows), "action", 0, None)
+    assert set(bad["episode_id"].to_pylist()) == {"c"}
+
+
+def test_the_named_camera_is_the_one_that_is_looked_at(make_rows: MakeRows) -> None:
+    rows = make_rows("a")
+    still = rows[0]["images"]["main"]
+    two = [row | {"images": {"wrist": still, "main": row["images"]["main"]}} for row in rows]
+    alone, _ = label_table(rows_to_table(rows), "scene", 0, DETECTOR)
+    main, _ = label_table(rows_to_table(two), "scene", 0, DETECTOR, "main")
+    first, _ = label_table(rows_to_table(two), "scene", 0, DETECTOR)
+    assert main["scene_label"].equals(alone["scene_label"])
+    assert first["scene_label"].to_pylist() == [True] + [False] * 11
+    _, bad = label_table(rows_to_table(two), "scene", 0, DETECTOR, "side")
+    assert set(bad["reason"].to_pylist()) == {"a step has no image of camera 'side'"}
+
+
+def test_no_more_is_decoded_at_once_than_fits_and_nothing_depends_on_it(
+    make_rows: MakeRows, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    table = rows_to_table([row for name in "abcdef" for row in make_rows(name)])
+    sizes: list[int] = []
+
+    def counting(episodes: Sequence[np.ndarray]) -> list[np.ndarray]:
+        sizes.append(len(episodes))
+        return DETECTOR(episodes)
+
+    at_once, _ = label_table(table, "both", 0, counting)
+    monkeypatch.setattr(labelling, "_DECODED_BYTES", 2 * 12 * 16 * 16 * 3)
+    in_pairs, _ = label_table(table, "both", 0, counting)
+    assert [size for size in sizes if size] == [6, 2, 2, 2]
+    assert in_pairs.equals(at_once)
+
+
 def test_counts_of_words_and_of_silent_episodes(make_rows: MakeRows) -> None:
     still = [row | {"ee_pose": [0.0] * 6, "gripper": [1.0]} for row in make_rows("still")]
     good, bad = label_table(rows_to_table([*make_rows("a"), *still, question("q")]), "both", 0, DETECTOR)
@@ -112,6 +159,26 @@ def test_counts_of_words_and_of_silent_episodes(make_rows: MakeRows) -> None:
     assert counts["frames"] == 24
     assert counts["words_before"] == 24 * 6
     assert counts["words_after"] == 6 * counts["kept_frames"] > 0
+    assert counts["tokens_before"] == 24 * 7  # the semicolon is one
+    assert counts["tokens_after"] == 7 * counts["kept_frames"]
+    assert counts["kept_frames"] <= min(counts["scene_frames"], counts["action_frames"])
+
+
+def test_counts_of_parts_add_up(make_rows: MakeRows) -> None:
+    whole = rows_to_table([*make_rows("a"), *make_rows("b"), question("q"), *make_rows("c", 2)])
+    spoiled = [row | {"gripper": [np.nan]} for row in make_rows("d")]
+    parts = [whole.slice(0, 24), whole.slice(24), rows_to_table(spoiled)]
+    total = merge([tally(*label_table(part, "both", 0, DETECTOR)) for part in parts])
+    once = merge(
+        [
+            tally(
+                *label_table(rows_to_table([*whole.to_pylist(maps_as_pydicts="strict"), *spoiled]), "both", 0, DETECTOR)
+            )
+        ]
+    )
+    assert total == once
+    assert total["episodes"] == 4
+    assert total["rows_quarantined"] == 12
 
 
 def test_labelled_data_is_not_labelled_again(make_rows: MakeRows) -> None:

@@ -7,7 +7,14 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as npst
 
 from dualvla.errors import DataError, UsageError
-from dualvla.pruning import MODES, FrameDifferences, action_labels, action_labels_ragged, combine
+from dualvla.pruning import (
+    MODES,
+    FrameDifferences,
+    action_labels,
+    action_labels_ragged,
+    combine,
+    motion_changes,
+)
 
 GRID = 1 / 1024  # poses on a binary grid, so that shifting them is exact and a label can only change by a wrong rule
 OPEN, SHUT = 1.0, 0.0
@@ -70,6 +77,16 @@ def test_motion_rule_is_symmetric_in_time(pose: np.ndarray) -> None:
     assert action_labels(pose[::-1], still)[::-1].tolist() == action_labels(pose, still).tolist()
 
 
+@given(data=st.data(), length=st.integers(1, 30))
+def test_whole_turns_in_an_angle_change_nothing(data: st.DataObject, length: int) -> None:
+    changes = data.draw(npst.arrays(np.float64, (length, 6), elements=st.integers(-1000, 1000).map(lambda i: i * GRID)))
+    turns = data.draw(npst.arrays(np.float64, (length, 3), elements=st.integers(-2, 2).map(float)))
+    pose = changes.cumsum(axis=0)
+    turned = pose + np.concatenate([np.zeros((length, 3)), 2 * np.pi * turns], axis=1)
+    still = np.zeros(length)
+    assert action_labels(turned, still).tolist() == action_labels(pose, still).tolist()
+
+
 @given(
     length=st.integers(1, 60),
     start=npst.arrays(np.float64, 6, elements=st.floats(-3, 3)),
@@ -101,6 +118,14 @@ def test_two_arms_fire_where_either_does(left: np.ndarray, data: st.DataObject) 
     gripper = np.random.default_rng(0).random((len(left), 2))
     both = action_labels(np.concatenate([left, right], axis=1), gripper)
     assert both.tolist() == (action_labels(left, gripper[:, 0]) | action_labels(right, gripper[:, 1])).tolist()
+
+
+@given(left=poses)
+def test_motion_changes_are_what_the_rule_compares(left: np.ndarray) -> None:
+    pose = np.concatenate([left, left[::-1]], axis=1)
+    norm, mean = motion_changes(pose)
+    fires = (norm > mean + 1e-9).any(axis=1)
+    assert fires.tolist() == action_labels(pose, np.zeros((len(pose), 2))).tolist()
 
 
 def test_a_stop_fires_and_what_surrounds_it_does_not() -> None:
