@@ -77,7 +77,7 @@ def timed(action: Callable[[int], Any], count: int) -> list[float]:
 @contextlib.contextmanager
 def endpoint(batch_s: float) -> Iterator[str]:
     """HOST:PORT of Ray Serve's proxy in front of one replica."""
-    from dualvla_serve.backend import LoadedPolicy
+    from dualvla_serve.batching import LoadedPolicy
     from dualvla_serve.config import EndpointConfig
     from dualvla_serve.deploy import running
 
@@ -131,7 +131,7 @@ def overhead(count: int) -> dict[str, Any]:
     policy = FlatPolicy(0)
     results: dict[str, Any] = {"in process": percentiles(timed(lambda s: policy.infer([observation(s)], ["a"]), count))}
     with plain_server("echo") as address:
-        results["bare echo"] = percentiles(timed(_echo(address), count))
+        results["bare echo"] = _echo(address, count)
     with endpoint(0) as address:
         for name, options in (("through the proxy", ClientOptions()), ("direct", ClientOptions(direct=True))):
             results[name] = _client_path(f"ws://{address}", options, count)
@@ -141,18 +141,18 @@ def overhead(count: int) -> dict[str, Any]:
     return results
 
 
-def _echo(address: str) -> Callable[[int], Any]:
+def _echo(address: str, count: int) -> dict[str, float]:
     from websockets.sync.client import connect
 
-    connection = connect(f"ws://{address}", compression=None, max_size=None)
-    connection.recv()
     frame = pack(messages.observation_to_wire(observation(0)))
-
-    def exchange(_: int) -> None:
-        connection.send(frame)
+    with connect(f"ws://{address}", compression=None, max_size=None) as connection:
         connection.recv()
 
-    return exchange
+        def exchange(_: int) -> None:
+            connection.send(frame)
+            connection.recv()
+
+        return percentiles(timed(exchange, count))
 
 
 def _client_path(url: str, options: ClientOptions, count: int) -> dict[str, Any]:

@@ -19,7 +19,7 @@ from dualvla_serve.failures import new_failure
 from dualvla_serve.keys import Identity, presented_key
 
 _OPEN_PATHS = ("/healthz", "/health")
-_STOP_PATH = "/v1/admin/stop"
+_EITHER_PATHS = ("/v1/admin/stop", "/v1/models")  # whoever may use a robot may stop it; the status page names models
 _ADMIN_PATHS = ("/v1/admin", "/metrics", "/status")
 _POLICY_VIOLATION = 1008  # WebSocket close code
 _LOCAL = Identity("", frozenset(("infer", "admin")))
@@ -34,8 +34,8 @@ def identity_of(scope: MutableMapping[str, Any]) -> Identity:
 
 
 def required_scopes(method: str, path: str) -> tuple[str, ...]:
-    """Any of these opens the path. Whoever may use a robot may stop it; to clear a stop takes an admin."""
-    if path == _STOP_PATH:
+    """Any of these opens the path. To clear a stop takes an admin."""
+    if path in _EITHER_PATHS:
         return ("infer", "admin")
     if any(path == admin or path.startswith(admin + "/") for admin in _ADMIN_PATHS):
         return ("admin",)
