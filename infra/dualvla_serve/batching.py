@@ -88,7 +88,7 @@ def _bucket(size: int) -> int:
     return 1 << (size - 1).bit_length()
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)  # two are the same only if they are one
 class Waiting:
     asked: Asked
     answer: asyncio.Future[Answered]

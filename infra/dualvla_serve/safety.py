@@ -159,7 +159,7 @@ def _clip_change(
                 continue
             last = None if previous is None else previous[part]
             for row in out:
-                if last is not None:
+                if last is not None and np.linalg.norm(row[part] - last) > most:
                     row[part] = last + _shorten((row[part] - last)[None], most)[0]
                 last = row[part].copy()
     return out

@@ -19,8 +19,8 @@ from websockets.sync.client import connect
 
 from dualvla.client import PolicyClient, RemotePolicy
 from dualvla.errors import PlatformError, ServerError, UsageError, WireError
-from dualvla_serve.deploy import EndpointConfig, running
-from dualvla_serve.keys import read_keys
+from dualvla_serve.config import EndpointConfig, Scaling
+from dualvla_serve.deploy import running
 
 KEY = "infer-key-0123456789"
 cloudpickle.register_pickle_by_value(serve_fakes)  # replicas do not have the tests on their path
@@ -31,7 +31,8 @@ def address(ray_cluster: None, tmp_path_factory: pytest.TempPathFactory) -> Iter
     """Two replicas, behind keys."""
     file = tmp_path_factory.mktemp("keys") / "keys"
     file.write_text(KEY)
-    config = EndpointConfig(port=0, ring=read_keys(str(file)), replicas=2, cpus_per_replica=0.2)
+    scaling = Scaling(replicas=2, cpus=0.2)
+    config = EndpointConfig(port=0, keys_file=str(file), scaling=scaling, embodiment="unlimited")
     with running(load_counting, config) as found:
         yield found
 
@@ -109,13 +110,13 @@ def test_a_dead_replica_is_replaced_and_its_robots_go_on(address: str) -> None:
     with PolicyClient(f"ws://{address}", KEY) as client:
         assert answered(client)
         for actor in ray.util.list_named_actors(all_namespaces=True):
-            if "#Model#" in actor["name"]:
+            if "#Policy#" in actor["name"]:
                 ray.kill(ray.get_actor(actor["name"], namespace=actor["namespace"]))
         deadline = time.monotonic() + 60
         while not answered(client):
             assert time.monotonic() < deadline
             time.sleep(0.2)
-        assert client.infer(example())["actions"][0, 0] == 2  # the new replica remembers from its first answer on
+        assert client.infer(example())["actions"][0, 0] == 3  # the new replica goes on where the dead one was
 
 
 def test_a_taken_port_and_an_open_door_are_refused(ray_cluster: None) -> None:

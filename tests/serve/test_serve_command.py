@@ -27,7 +27,8 @@ from dualvla.models.stages import prepare
 from dualvla.models.vla import VLA
 from dualvla.schema import Observation
 from dualvla.vla_policy import VLAPolicy
-from dualvla_serve.deploy import EndpointConfig, running
+from dualvla_serve.config import EndpointConfig
+from dualvla_serve.deploy import running
 
 KEY = "infer-key-0123456789"
 cloudpickle.register_pickle_by_value(serve_fakes)
