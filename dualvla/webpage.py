@@ -27,7 +27,7 @@ HOST = "127.0.0.1"
 _NONCE = b"{{nonce}}"
 _CONTENT_SECURITY = (
     "default-src 'none'; script-src 'nonce-{nonce}'; style-src 'nonce-{nonce}'; img-src 'self' data:; "
-    "media-src 'self'; connect-src 'self'; form-action 'none'; base-uri 'none'; frame-ancestors 'none'"
+    "media-src 'self' blob:; connect-src 'self'; form-action 'none'; base-uri 'none'; frame-ancestors 'none'"
 )
 _IDLE_CONNECTION_S = 30.0
 
@@ -120,8 +120,7 @@ class _RefusedError(DualVLAError):
 
 
 class _Handler(BaseHTTPRequestHandler):
-    protocol_version = "HTTP/1.1"
-    timeout = _IDLE_CONNECTION_S
+    timeout = _IDLE_CONNECTION_S  # HTTP/1.0: a connection serves one request, so that stopping leaves none behind
 
     def do_GET(self) -> None:
         self._respond(self._get)
@@ -133,7 +132,6 @@ class _Handler(BaseHTTPRequestHandler):
         try:
             self._answer(HTTPStatus.OK, answer())
         except _RefusedError as error:
-            self.close_connection = True  # what was sent along has not been read
             self._answer(error.status, _as_json({"error": error.message}))
         except DualVLAError as error:
             self._answer(HTTPStatus.BAD_REQUEST, _as_json({"error": error.message, "fix": error.fix}))
@@ -204,8 +202,6 @@ class _Handler(BaseHTTPRequestHandler):
             ("Cache-Control", "no-store"),
         ):
             self.send_header(name, value)
-        if self.close_connection:
-            self.send_header("Connection", "close")
         self.end_headers()
         self.wfile.write(content.body)
 

@@ -123,7 +123,7 @@ def bootstrap_f1_difference(
 def best_threshold(
     scores: Sequence[np.ndarray], true: Sequence[np.ndarray], gap: int, relative_distance: float
 ) -> float:
-    """The threshold of `pick_peaks` with the highest F1 on these episodes, of 99 quantiles of the scores of all peaks."""
+    """The threshold of `pick_peaks` with the highest F1 on these episodes, of 99 quantiles of all peaks' scores."""
     peaks = [pick_peaks(s, -np.inf, gap) for s in scores]
     heights = np.concatenate([s[p] for s, p in zip(scores, peaks, strict=True)])
     frames = [len(s) for s in scores]
@@ -136,16 +136,41 @@ def best_threshold(
     return float(max(candidates, key=f1))
 
 
-def best_every_kth(true: Sequence[np.ndarray], frames: Sequence[int], relative_distance: float) -> tuple[int, int]:
-    """(k, offset): the frames offset, offset + k, ... that agree best with these very episodes, the data unseen."""
-    longest = max(frames)
-    choices = [(k, offset) for k in range(2, longest + 1) for offset in range(k)]
+@dataclass(frozen=True)
+class EveryKth:
+    """The frames offset, offset + k, ... of an episode, counted from its first frame or back from its last."""
 
-    def f1(choice: tuple[int, int]) -> float:
-        return float(Counts.of([every_kth(n, *choice) for n in frames], true, frames, [relative_distance]).f1()[0])
+    k: int
+    offset: int
+    from_end: bool = False
 
-    return max(choices, key=f1)
+    def __call__(self, frames: int) -> np.ndarray:
+        """int [B], sorted."""
+        chosen = np.arange(self.offset, frames, self.k)
+        return frames - 1 - chosen[::-1] if self.from_end else chosen
 
 
-def every_kth(frames: int, k: int, offset: int) -> np.ndarray:
-    return np.arange(offset, frames, k)
+def best_every_kth(true: Sequence[np.ndarray], frames: Sequence[int], relative_distance: float) -> EveryKth:
+    """The one that agrees best with these very episodes, of all there are. It has not looked at a picture."""
+    lengths, sizes = np.array(frames), np.array([len(boundaries) for boundaries in true])
+
+    def bound(choice: EveryKth) -> float:
+        """No F1 of this choice is higher: every boundary matched that can be."""
+        found = np.maximum(-(-(lengths - choice.offset) // choice.k), 0)
+        return float(2 * np.minimum(found, sizes).sum() / max(1, (found + sizes).sum()))
+
+    def f1(choice: EveryKth) -> float:
+        return float(Counts.of([choice(n) for n in frames], true, frames, [relative_distance]).f1()[0])
+
+    longest = int(lengths.max())
+    choices = [
+        EveryKth(k, offset, end) for k in range(2, max(2, longest) + 1) for offset in range(k) for end in (False, True)
+    ]
+    choices.sort(key=bound, reverse=True)
+    best, highest = choices[0], f1(choices[0])
+    for choice in choices[1:]:
+        if bound(choice) <= highest:
+            break
+        if (reached := f1(choice)) > highest:
+            best, highest = choice, reached
+    return best
