@@ -15,6 +15,12 @@ def _configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--format", required=True, choices=("lerobot", "rlds"))
     parser.add_argument("--annotations", default=None, help="VLA-IT JSON, joined to steps by its key")
     parser.add_argument(
+        "--annotation-steps",
+        choices=("source", "kept"),
+        default="source",
+        help="what the steps of the annotations count: those of the source, or those its convention keeps",
+    )
+    parser.add_argument(
         "--convention",
         default="auto",
         help="how the source writes poses, grippers and actions: dualvla, bridge, fractal, or a JSON file; "
@@ -44,6 +50,7 @@ def _run(arguments: argparse.Namespace) -> dict[str, Any]:
         overrides=tuple(arguments.assignments),
         frames=arguments.frames,
         jpeg_quality=arguments.jpeg_quality,
+        annotation_steps=arguments.annotation_steps,
         strict=arguments.strict,
     )
     return ingest(arguments.source, arguments.out, config, arguments.annotations, arguments.workers)
