@@ -213,7 +213,12 @@ def _add_admin(app: FastAPI, replica: Replica) -> None:
         if picture is None:
             return Response(status_code=202)
         cameras = ",".join(quote(name) for name in pictures)
-        headers = {"X-Reasoning": quote(reasoning), "X-Seq": str(seq), "X-Cameras": cameras, "Cache-Control": "no-store"}
+        headers = {
+            "X-Reasoning": quote(reasoning),
+            "X-Seq": str(seq),
+            "X-Cameras": cameras,
+            "Cache-Control": "no-store",
+        }
         return Response(picture, media_type="image/png", headers=headers)
 
 
