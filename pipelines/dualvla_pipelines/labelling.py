@@ -63,14 +63,22 @@ class Runs:
         return np.repeat(per_run, self.lengths)
 
 
-def label_table(
-    table: pa.Table, mode: str, seed: int, detector: SceneEventDetector | None, camera: str | None = None
-) -> tuple[pa.Table, pa.Table]:
+@dataclass(frozen=True)
+class SceneSource:
+    """Where scene labels come from. camera: whose images the detector sees (default: each step's first). at_least: how
+    large they must be, px to a side (default: as they are; see `decode_image`)."""
+
+    detector: SceneEventDetector
+    camera: str | None = None
+    at_least: int | None = None
+
+
+def label_table(table: pa.Table, mode: str, seed: int, scenes: SceneSource | None) -> tuple[pa.Table, pa.Table]:
     """(rows with labels, quarantined rows with a `reason`), both in the order of `table`, image bytes untouched.
 
     A robot episode with one unfit row is quarantined whole, because its motion has a hole; a multimodal row alone.
-    Labels are null on multimodal rows, and scene_label is null everywhere without a detector (`action` and `none` need
-    none). camera: the one whose images the detector sees (default: each step's first).
+    Labels are null on multimodal rows, and scene_label is null everywhere without `scenes` (`action` and `none` need
+    none).
 
     Raises: DataError if columns are missing or the table is labelled already.
     """
@@ -80,8 +88,8 @@ def label_table(
     for row, reason in _row_faults(table, runs):
         faults.setdefault(runs.of_row(row), reason)
     scene = np.zeros(len(table), dtype=bool)
-    if detector is not None:
-        faults |= _label_scenes(table, runs, faults, detector, camera, scene)
+    if scenes is not None:
+        faults |= _label_scenes(table, runs, faults, scenes, scene)
     fit = np.array([run not in faults for run in range(len(runs.starts))], dtype=bool)
     action = _action_labels(table, runs, fit)
 
@@ -92,7 +100,7 @@ def label_table(
 
     speechless = runs.to_rows(~runs.is_robot)
     labels = {
-        "scene_label": pa.array(scene, mask=speechless | (detector is None)),
+        "scene_label": pa.array(scene, mask=speechless | (scenes is None)),
         "action_label": pa.array(action, mask=speechless),
         "keep_reasoning": pa.array(keep),
     }
@@ -229,19 +237,14 @@ def _row_faults(table: pa.Table, runs: Runs) -> Iterator[tuple[int, str]]:
 
 
 def _label_scenes(
-    table: pa.Table,
-    runs: Runs,
-    faults: Mapping[int, str],
-    detector: SceneEventDetector,
-    camera: str | None,
-    scene: np.ndarray,
+    table: pa.Table, runs: Runs, faults: Mapping[int, str], scenes: SceneSource, scene: np.ndarray
 ) -> dict[int, str]:
     """Fills in `scene` for the robot runs without a fault. Returns the runs whose images cannot be used, with why."""
     unusable: dict[int, str] = {}
     frames: dict[int, np.ndarray] = {}
 
     def label() -> None:
-        for run, labels in zip(frames, detector(list(frames.values())), strict=True):
+        for run, labels in zip(frames, scenes.detector(list(frames.values())), strict=True):
             scene[runs.rows(run)] = labels
         frames.clear()
 
@@ -249,7 +252,7 @@ def _label_scenes(
         if run in faults:
             continue
         try:
-            frames[run] = decode_frames(table["images"][runs.rows(run)], camera)
+            frames[run] = decode_frames(table["images"][runs.rows(run)], scenes.camera, scenes.at_least)
         except DataError as error:
             unusable[run] = error.message
         if sum(episode.nbytes for episode in frames.values()) >= _DECODED_BYTES:
@@ -258,7 +261,7 @@ def _label_scenes(
     return unusable
 
 
-def decode_frames(images: pa.ChunkedArray, camera: str | None = None) -> np.ndarray:
+def decode_frames(images: pa.ChunkedArray, camera: str | None = None, at_least: int | None = None) -> np.ndarray:
     """uint8 [N, H, W, 3] of one camera. Raises: DataError on a missing, broken or odd-sized image."""
     frames = []
     for row in images:
@@ -266,7 +269,7 @@ def decode_frames(images: pa.ChunkedArray, camera: str | None = None) -> np.ndar
         data = next((data for name, data in cameras if camera in (None, name)), None)
         if data is None:
             raise DataError("a step has no image" + (f" of camera '{camera}'" if camera else ""))
-        frames.append(decode_image(data))
+        frames.append(decode_image(data, at_least))
     if len({frame.shape for frame in frames}) > 1:
         raise DataError("the size of the images changes")
     return np.stack(frames)

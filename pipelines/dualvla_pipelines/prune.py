@@ -22,7 +22,7 @@ import numpy as np
 from dualvla import config as configs
 from dualvla import console, errors
 from dualvla.io import dataset, manifest, storage
-from dualvla.pruning import MODES, FrameDifferences, SceneEventDetector
+from dualvla.pruning import MODES, FrameDifferences
 from dualvla_pipelines import labelling, prune_report
 from dualvla_pipelines.prune_report import ReportConfig
 
@@ -131,14 +131,16 @@ class PruneJob:
     config: PruneConfig
     detector: str | None = None
 
-    def load_detector(self, device: str) -> SceneEventDetector | None:
+    def scenes(self, device: str) -> labelling.SceneSource | None:
+        """What labels the scenes, loaded onto a device (as PyTorch names it). None for a mode that needs none."""
         if self.config.mode not in _SCENE_MODES:
             return None
         if self.detector is None:
-            return self.config.detector
+            return labelling.SceneSource(self.config.detector, self.config.camera)
         from dualvla.pruning.ddm import load_detector  # loads torch
 
-        return load_detector(self.detector, device)
+        learned = load_detector(self.detector, device)
+        return labelling.SceneSource(learned, self.config.camera, learned.net.config.image_size)
 
 
 class PartPruner:
@@ -146,7 +148,7 @@ class PartPruner:
 
     def __init__(self, job: PruneJob, device: str = "cpu"):
         self.source, self.out, self.config = job.source, job.out, job.config
-        self.detector = job.load_detector(device)
+        self.scenes = job.scenes(device)
 
     def __call__(self, name: str) -> dict[str, Any]:
         """Returns the part's tally and `digest`, or why it is `lost`. A part that lies there already is only counted.
@@ -167,7 +169,7 @@ class PartPruner:
                 raise
             return {"lost": error.message}
         config = self.config
-        good, bad = labelling.label_table(table, config.mode, config.seed, self.detector, config.camera)
+        good, bad = labelling.label_table(table, config.mode, config.seed, self.scenes)
         if len(bad):
             if config.strict:
                 row = bad.slice(0, 1).to_pylist()[0]

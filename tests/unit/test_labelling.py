@@ -2,20 +2,22 @@
 
 from __future__ import annotations
 
+import io
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
 import pytest
+from PIL import Image
 
 from dualvla.errors import DataError
 from dualvla.io.dataset import encode_png, rows_to_table
 from dualvla.pruning import MODES, FrameDifferences, action_labels
 from dualvla_pipelines import labelling
-from dualvla_pipelines.labelling import label_table, merge, tally
+from dualvla_pipelines.labelling import SceneSource, decode_frames, label_table, merge, tally
 
 MakeRows = Callable[..., list[dict[str, Any]]]
-DETECTOR = FrameDifferences()
+DETECTOR = SceneSource(FrameDifferences())
 
 
 def question(name: str) -> dict[str, Any]:
@@ -125,12 +127,23 @@ def test_the_named_camera_is_the_one_that_is_looked_at(make_rows: MakeRows) -> N
     still = rows[0]["images"]["main"]
     two = [row | {"images": {"wrist": still, "main": row["images"]["main"]}} for row in rows]
     alone, _ = label_table(rows_to_table(rows), "scene", 0, DETECTOR)
-    main, _ = label_table(rows_to_table(two), "scene", 0, DETECTOR, "main")
+    main, _ = label_table(rows_to_table(two), "scene", 0, SceneSource(FrameDifferences(), "main"))
     first, _ = label_table(rows_to_table(two), "scene", 0, DETECTOR)
     assert main["scene_label"].equals(alone["scene_label"])
     assert first["scene_label"].to_pylist() == [True] + [False] * 11
-    _, bad = label_table(rows_to_table(two), "scene", 0, DETECTOR, "side")
+    _, bad = label_table(rows_to_table(two), "scene", 0, SceneSource(FrameDifferences(), "side"))
     assert set(bad["reason"].to_pylist()) == {"a step has no image of camera 'side'"}
+
+
+def test_a_jpeg_is_decoded_no_larger_than_it_must_be(make_rows: MakeRows) -> None:
+    pixels = np.linspace(0, 255, 256 * 320 * 3).reshape(256, 320, 3).astype(np.uint8)
+    sink = io.BytesIO()
+    Image.fromarray(pixels).save(sink, format="JPEG")
+    rows = [row | {"images": {"main": sink.getvalue()}} for row in make_rows("a")]
+    images = rows_to_table(rows)["images"]
+    whole, small = decode_frames(images), decode_frames(images, at_least=64)
+    assert (whole.shape, small.shape) == ((12, 256, 320, 3), (12, 64, 80, 3))
+    assert abs(whole.mean() - small.mean()) < 1
 
 
 def test_no_more_is_decoded_at_once_than_fits_and_nothing_depends_on_it(
@@ -141,11 +154,11 @@ def test_no_more_is_decoded_at_once_than_fits_and_nothing_depends_on_it(
 
     def counting(episodes: Sequence[np.ndarray]) -> list[np.ndarray]:
         sizes.append(len(episodes))
-        return DETECTOR(episodes)
+        return FrameDifferences()(episodes)
 
-    at_once, _ = label_table(table, "both", 0, counting)
+    at_once, _ = label_table(table, "both", 0, SceneSource(counting))
     monkeypatch.setattr(labelling, "_DECODED_BYTES", 2 * 12 * 16 * 16 * 3)
-    in_pairs, _ = label_table(table, "both", 0, counting)
+    in_pairs, _ = label_table(table, "both", 0, SceneSource(counting))
     assert [size for size in sizes if size] == [6, 2, 2, 2]
     assert in_pairs.equals(at_once)
 
