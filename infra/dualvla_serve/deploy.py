@@ -75,6 +75,8 @@ class PolicyReplica:
 
     async def reconfigure(self, user_config: Mapping[str, Any]) -> None:
         """The first time, before any request: loads and warms up. Later: exchanges models while robots go on."""
+        if not user_config["models"]:
+            raise UsageError("No model is named to be served.", "name one in user_config: {models: {NAME: CHECKPOINT}}")
         sources = {name: await asyncio.to_thread(self._source, text) for name, text in user_config["models"].items()}
         if self._replica.ready:
             self._update = asyncio.create_task(self._replica.update(sources))
@@ -161,14 +163,10 @@ def build(source: OpenSource, models: Mapping[str, str], config: EndpointConfig)
 
 
 def application(args: Mapping[str, Any]) -> serve.Application:
-    """For Serve's YAML: `import_path: dualvla_serve.deploy:application`, `args`: `models` and the fields of
-    `EndpointConfig`. Raises: UsageError for an unknown one."""
-    fields = dict(args)
-    models = fields.pop("models", None)
-    if not isinstance(models, Mapping) or not models:
-        raise UsageError("The application's args have no 'models'.", "write models: {NAME: CHECKPOINT}")
-    config = from_dict(EndpointConfig, fields, "args")
-    return build(checkpoint_source(config), {str(k): str(v) for k, v in models.items()}, config)
+    """For Serve's YAML: `import_path: dualvla_serve.deploy:application`, `args`: the fields of `EndpointConfig`. The
+    models stand in the deployment's `user_config`. Raises: UsageError for an unknown field."""
+    config = from_dict(EndpointConfig, args, "args")
+    return build(checkpoint_source(config), {}, config)
 
 
 def checkpoint_source(config: EndpointConfig) -> OpenSource:

@@ -23,8 +23,14 @@ _STATE_DIR = os.path.join("~", ".dualvla", "serve")
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("checkpoint", help="checkpoint folder")
+    parser.add_argument("--model", action="append", default=[], metavar="NAME=CHECKPOINT", help="one more checkpoint")
+    add_endpoint_options(parser)
+
+
+def add_endpoint_options(parser: argparse.ArgumentParser) -> None:
+    """What `endpoint_config` reads."""
     add = parser.add_argument
-    add("checkpoint", help="checkpoint folder")
     add("--host", default="127.0.0.1", help="address to listen on; any but this machine's needs keys")
     add("--port", type=int, default=8000, help="TCP port; 0: any free one")
     add("--direct-ports", metavar="FIRST-LAST", help="TCP ports of the replicas' own listeners (default: any free one)")
@@ -35,7 +41,6 @@ def configure(parser: argparse.ArgumentParser) -> None:
     add("--autoscale", metavar="LEAST:MOST", help="replicas follow the queue between these numbers")
     add("--cpus", type=float, help="CPUs that Ray reserves for a replica; fractions allowed")
     add("--gpus", type=float, help="GPUs for a replica; fractions allowed; more than 0 puts the policy on CUDA")
-    add("--model", action="append", default=[], metavar="NAME=CHECKPOINT", help="one more checkpoint to serve")
     add("--embodiment", help="limits of the robot's actions: a built-in name or a JSON file (docs/serving.md)")
     add("--deadline-ms", type=float, help="requests that carry no deadline get this one, from their arrival")
     add("--observation-keys", metavar="FILE", help="JSON: more mappings of other clients' observation keys")
