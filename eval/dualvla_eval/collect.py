@@ -46,7 +46,10 @@ class Noise:
 
 @dataclass(frozen=True)
 class CollectConfig:
-    """episodes: task -> demonstrations. qa, qa_test: questions in the splits train and test."""
+    """episodes: task -> demonstrations. qa, qa_test: questions in the splits train and test.
+
+    variant: the look of the scenes demonstrated in, one of the suite's; questions are about the usual one.
+    """
 
     suite: str
     episodes: dict[str, int]
@@ -54,6 +57,7 @@ class CollectConfig:
     qa_test: int
     seed: int
     noise: Noise = Noise()
+    variant: str = "base"
 
 
 @dataclass(frozen=True)
@@ -86,7 +90,7 @@ def collect(config: CollectConfig, out: str, workers: int) -> dict[str, Any]:
     """
     suite = get_suite(config.suite)
     for task in config.episodes:
-        suite.task(task)
+        suite.training_episode(task, 0, config.seed, variant=config.variant)  # refuses names it does not know
     if not manifest.begin(out, dataset.KIND, to_dict(config), {}):
         return {**(manifest.read(out) or {}), "skipped": True}
     parts = plan_parts(config)
@@ -143,7 +147,7 @@ class Collector:
 
     def _demonstrate(self, task: str, index: int, reasons: list[str]) -> list[dict[str, Any]]:
         for attempt in range(_MAX_ATTEMPTS):
-            episode = self._suite.training_episode(task, index, self._config.seed, attempt)
+            episode = self._suite.training_episode(task, index, self._config.seed, attempt, self._config.variant)
             rows, failure = demonstrate(self._env, self._suite, episode, self._config.noise)
             if failure is None:
                 return rows
@@ -162,11 +166,12 @@ def demonstrate(env: SimEnv, suite: Suite, episode: Episode, noise: Noise) -> tu
     expert = Expert(env, rng)
     rows: list[dict[str, Any]] = []
     follow_through = _FOLLOW_THROUGH
+    source = "train" if episode.variant == suite.task(episode.task).variant else f"train-{episode.variant}"
     while True:
         decided = expert.act()
         rows.append(
             {
-                "episode_id": f"{suite.name}/{episode.task}/train/{episode.episode_id:06d}",
+                "episode_id": f"{suite.name}/{episode.task}/{source}/{episode.episode_id:06d}",
                 "step": len(rows),
                 "timestamp_s": len(rows) / suite.control_hz,
                 "control_hz": suite.control_hz,

@@ -45,7 +45,10 @@ class Episode:
 
 @dataclass(frozen=True)
 class Suite:
-    """termination_rule: when an episode ends. conventions: name -> what a user of the numbers must know."""
+    """termination_rule: when an episode ends. conventions: name -> what a user of the numbers must know.
+
+    variants: the looks in which demonstrations can be made; the first is the usual one.
+    """
 
     name: str
     tasks: tuple[TaskSpec, ...]
@@ -55,6 +58,7 @@ class Suite:
     make_env: Callable[[], SimEnv]
     termination_rule: str
     conventions: Mapping[str, str]
+    variants: tuple[str, ...] = ("base",)
 
     def task(self, name: str) -> TaskSpec:
         """Raises: UsageError."""
@@ -77,13 +81,19 @@ class Suite:
             for i in range(count)
         ]
 
-    def training_episode(self, task: str, index: int, seed: int, attempt: int = 0) -> Episode:
-        """Demonstration `index` of a data set made with `seed`; another `attempt` is another scene."""
-        spec = self.task(task)
+    def training_episode(
+        self, task: str, index: int, seed: int, attempt: int = 0, variant: str | None = None
+    ) -> Episode:
+        """Demonstration `index` of a data set made with `seed`; another `attempt` or `variant` is another scene.
+
+        variant: default, the task's own. Raises: UsageError on an unknown one.
+        """
+        variant = variant or self.task(task).variant
+        if variant not in self.variants:
+            raise UsageError(f"Suite '{self.name}' has no variant '{variant}'.", did_you_mean(variant, self.variants))
         return Episode(
-            self.name, task, spec.variant, index,
-            scene_seed("training", self.name, task, spec.variant, seed, index, attempt),
-        )  # fmt: skip
+            self.name, task, variant, index, scene_seed("training", self.name, task, variant, seed, index, attempt)
+        )
 
     def training_episodes(self, task: str, count: int, seed: int) -> list[Episode]:
         """Disjoint from the evaluation episodes, whatever the seed."""
@@ -110,6 +120,7 @@ def _make_blocks_env() -> SimEnv:
 
 
 def _blocks() -> Suite:
+    from dualvla_eval.sim.looks import VARIANTS
     from dualvla_eval.tasks.blocks import TASKS
 
     return Suite(
@@ -128,6 +139,7 @@ def _blocks() -> Suite:
             "proprio": "tool position x, y, z (m), gripper opening (0..1)",
             **{f"success of {task.name}": task.rule for task in TASKS.values()},
         },
+        variants=VARIANTS,
     )
 
 

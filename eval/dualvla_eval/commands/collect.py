@@ -16,6 +16,9 @@ def _configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--episodes", default="100", help="demonstrations per task: a number, or task=number,task=number"
     )
+    parser.add_argument(
+        "--variant", default="base", help="look of the scenes; blocks: base, second (camera and light), varied"
+    )
     parser.add_argument("--qa", type=int, default=0, help="questions about scenes, split train")
     parser.add_argument("--qa-test", type=int, help="held-out questions, split test (default: a fifth of --qa)")
     parser.add_argument("--seed", type=int, default=0, help="another seed gives other scenes and other noise")
@@ -35,6 +38,7 @@ def _run(arguments: argparse.Namespace) -> dict[str, Any]:
         qa=_not_negative(arguments.qa, "--qa"),
         qa_test=_not_negative(arguments.qa // 5 if arguments.qa_test is None else arguments.qa_test, "--qa-test"),
         seed=_not_negative(arguments.seed, "--seed"),
+        variant=arguments.variant,
     )
     if arguments.workers < 1:
         raise UsageError(f"--workers {arguments.workers} is less than 1.", "pass --workers 1 or more")

@@ -18,6 +18,7 @@ import sapien
 
 from dualvla.errors import PlatformError, PolicyError
 from dualvla_eval.sim.base import ObjectState, SceneState
+from dualvla_eval.sim.looks import Look, look_of
 from dualvla_eval.sim.panda import ACTION_SIZE, MAX_STEP_M, Panda, material
 from dualvla_eval.suites import Episode
 from dualvla_eval.tasks.blocks import BIN, BIN_WALL_M, COLORS, Layout, ObjectSpec, get_task, sample_layout
@@ -29,10 +30,6 @@ PROPRIO_SIZE = 4
 _PHYSICS_HZ = 100
 _SUBSTEPS = int(_PHYSICS_HZ / CONTROL_HZ)
 _CONTACT_EVERY = 4  # substeps between looks at the contacts: 25 times a second
-_CAMERA_EYE_M = np.array([0.865, 0.42, 0.50])
-_CAMERA_TARGET_M = np.array([0.550, -0.01, 0.04])
-_CAMERA_FOV_RAD = 0.70
-_TABLE_COLOR = (0.45, 0.42, 0.40)
 _BIN_COLOR = (0.10, 0.07, 0.05)
 _TABLE_HALF_M = [3.0, 3.0, 0.05]  # fills the picture
 _BLOCK_DENSITY = 400.0  # kg / m^3: wood
@@ -80,7 +77,8 @@ class BlocksEnv(gymnasium.Env):
             episode = Episode("blocks", "touch", "base", 0, int(self.np_random.integers(2**32)))
         self._task = get_task(episode.task)
         self._layout = (options or {}).get("layout") or sample_layout(self._task, episode.seed)
-        self._build_scene(self._layout)
+        self._look = look_of(episode.variant, episode.seed)
+        self._build_scene(self._layout, self._look)
         self._step = 0
         self._touched: list[str] = []
         self._initial_positions: dict[str, tuple[float, ...]] = {}
@@ -120,14 +118,14 @@ class BlocksEnv(gymnasium.Env):
         if size is None or size == self._image_size:
             return self._picture(self._camera)
         if size not in self._extra_cameras:
-            self._extra_cameras[size] = _add_camera(self._scene, f"render-{size}", size)
+            self._extra_cameras[size] = _add_camera(self._scene, f"render-{size}", size, self._look)
         return self._picture(self._extra_cameras[size])
 
     def project(self, position: np.ndarray) -> np.ndarray:
         """[x, y, z] m, base frame -> [u, v] in the picture, 0..1, u to the right, v down; clipped to the picture."""
-        axes = _camera_axes()
-        forward, left, up = axes.T @ (np.asarray(position) - _CAMERA_EYE_M)
-        half = np.tan(_CAMERA_FOV_RAD / 2) * forward
+        axes = _camera_axes(self._look)
+        forward, left, up = axes.T @ (np.asarray(position) - self._look.camera_eye_m)
+        half = np.tan(self._look.camera_fov_rad / 2) * forward
         return np.clip([(1 - left / half) / 2, (1 - up / half) / 2], 0, 1).astype(np.float32)
 
     def close(self) -> None:
@@ -135,18 +133,18 @@ class BlocksEnv(gymnasium.Env):
 
     # --- the scene ----------------------------------------------------------------------------------------------------
 
-    def _build_scene(self, layout: Layout) -> None:
+    def _build_scene(self, layout: Layout, look: Look) -> None:
         _configure_engine()
         try:
             scene = sapien.Scene([sapien.physx.PhysxCpuSystem(), sapien.render.RenderSystem()])
         except RuntimeError as error:
             raise PlatformError(f"No Vulkan device renders here: {error}.", "run `dualvla doctor`") from error
         scene.timestep = 1 / _PHYSICS_HZ
-        scene.set_ambient_light([0.5, 0.5, 0.5])
-        scene.add_directional_light([-0.3, -0.3, -1.0], [1.2, 1.2, 1.2], shadow=False)
+        scene.set_ambient_light(look.ambient)
+        scene.add_directional_light(look.light_direction, look.light, shadow=False)
         table = scene.create_actor_builder()
         table.add_box_collision(sapien.Pose([0.5, 0, -0.05]), _TABLE_HALF_M)
-        table.add_box_visual(sapien.Pose([0.5, 0, -0.05]), _TABLE_HALF_M, material(_TABLE_COLOR))
+        table.add_box_visual(sapien.Pose([0.5, 0, -0.05]), _TABLE_HALF_M, material(look.table))
         self._names = {table.build_static("table"): "table"}
         self._objects: dict[str, sapien.Entity] = {}
         for spec in layout.objects:
@@ -155,7 +153,7 @@ class BlocksEnv(gymnasium.Env):
             self._names[entity] = spec.name
         self._robot = Panda(scene, layout.start_position)
         self._names.update(dict.fromkeys(self._robot.entities, "robot"))
-        self._camera = _add_camera(scene, "main", self._image_size)
+        self._camera = _add_camera(scene, "main", self._image_size, look)
         self._extra_cameras: dict[int, Any] = {}
         self._scene = scene
 
@@ -252,20 +250,20 @@ def _configure_engine() -> None:
     sapien.render.set_picture_format("Color", "r8g8b8a8unorm")
 
 
-def _camera_axes() -> np.ndarray:
+def _camera_axes(look: Look) -> np.ndarray:
     """Columns: forward, left, up of the camera, base frame."""
-    forward = _CAMERA_TARGET_M - _CAMERA_EYE_M
+    forward = np.subtract(look.camera_target_m, look.camera_eye_m)
     forward = forward / np.linalg.norm(forward)
     left = np.cross([0.0, 0.0, 1.0], forward)
     left = left / np.linalg.norm(left)
     return np.stack([forward, left, np.cross(forward, left)], axis=1)
 
 
-def _add_camera(scene: sapien.Scene, name: str, size: int) -> Any:
+def _add_camera(scene: sapien.Scene, name: str, size: int, look: Look) -> Any:
     pose = np.eye(4)
-    pose[:3, :3] = _camera_axes()
-    pose[:3, 3] = _CAMERA_EYE_M
-    camera = scene.add_camera(name, size, size, _CAMERA_FOV_RAD, 0.05, 5.0)
+    pose[:3, :3] = _camera_axes(look)
+    pose[:3, 3] = look.camera_eye_m
+    camera = scene.add_camera(name, size, size, look.camera_fov_rad, 0.05, 5.0)
     camera.entity.set_pose(sapien.Pose(pose))
     return camera
 
