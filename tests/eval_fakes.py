@@ -12,7 +12,9 @@ from pathlib import Path
 import numpy as np
 
 from dualvla.schema import PolicyReply, PolicySpec
+from dualvla_eval import sweep
 from dualvla_eval.actors import SweepWorkerImpl
+from dualvla_eval.policies import PolicyRef
 from dualvla_eval.sim.base import ObjectState, SceneState
 from dualvla_eval.suites import Episode, Suite, TaskSpec
 
@@ -186,3 +188,12 @@ def run_items_here(config, items, workers):
     worker = SweepWorkerImpl(config)
     for item in items:
         worker.run(item)
+
+
+def evaluate_fake(folder, name, policy, monkeypatch, *, control=False, episodes=3, videos=1):
+    """An evaluation folder of `policy` on the fake suite, made in this process."""
+    monkeypatch.setattr(sweep, "_run_items", run_items_here)
+    ref = PolicyRef(name, "expert-random-object" if control else "expert")
+    config = sweep.SweepConfig({"touch": episodes}, videos_per_task=videos)
+    sweep.run_sweep(folder, fake_suite(), [ref], config, workers=1, load_policy=lambda *_, **__: policy)
+    return folder

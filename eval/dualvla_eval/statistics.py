@@ -82,7 +82,9 @@ def mcnemar(only_first: int, only_second: int) -> float:
     return min(1.0, 2 * tail / 2**n)
 
 
-def paired_difference(first: Sequence[float], second: Sequence[float], seed: int = 0) -> tuple[float, float, float]:
+def paired_difference(
+    first: Sequence[float] | np.ndarray, second: Sequence[float] | np.ndarray, seed: int = 0
+) -> tuple[float, float, float]:
     """(mean, low, high) of first - second over the same episodes: pairs are resampled, never their halves.
 
     Raises: ValueError for no pairs or sequences of different lengths.

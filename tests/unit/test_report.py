@@ -1,44 +1,55 @@
-"""The report: what policies said stays text, every folder finds its place, and a second run changes nothing."""
+"""The report: every folder finds its place, what policies said stays text, and a second run changes nothing."""
 
 import json
 import re
-from dataclasses import replace
+from html.parser import HTMLParser
 
+import pyarrow.parquet as pq
 import pytest
-from eval_fakes import FakePolicy, SayingPolicy, fake_suite, run_items_here
+from eval_fakes import FakePolicy, SayingPolicy, evaluate_fake
 
-from dualvla.errors import DataError, OutputError, UsageError
+from dualvla.errors import DataError, OutputError
 from dualvla.io import manifest
-from dualvla_eval import sweep
 from dualvla_eval.judges import get_judge
-from dualvla_eval.policies import PolicyRef
+from dualvla_eval.report.gather import gather
 from dualvla_eval.report.site import write_report
-from dualvla_eval.score import score_folder
+from dualvla_eval.score import SCORES, score_folder
 
 EVIL = '<script>document.title="owned"</script><img src=x onerror="document.title=1">'
-
-
-class Silent(SayingPolicy):
-    def __init__(self):
-        super().__init__(None)
-
-    def reply(self, observation, session):
-        return replace(super().reply(observation, session), keyframe=False, reasoning_tokens=0)
 
 
 @pytest.fixture
 def evaluate(tmp_path, monkeypatch):
     """Evaluates a policy on the fake suite into tmp_path/run/NAME."""
-    monkeypatch.setattr(sweep, "_run_items", run_items_here)
 
-    def go(name, policy, control=False):
-        folder = str(tmp_path / "run" / name)
-        ref = PolicyRef(name, "expert-random-object" if control else "expert")
-        config = sweep.SweepConfig({"touch": 3}, videos_per_task=1)
-        sweep.run_sweep(folder, fake_suite(), [ref], config, workers=1, load_policy=lambda *_, **__: policy)
-        return folder
+    def go(name, policy, control=False, folder=None):
+        return evaluate_fake(str(tmp_path / "run" / (folder or name)), name, policy, monkeypatch, control=control)
 
     return go
+
+
+@pytest.fixture
+def site(tmp_path):
+    """Makes the report of tmp_path/run and reads its files."""
+
+    class Site:
+        folder = tmp_path / "report"
+
+        def make(self):
+            return write_report([str(tmp_path / "run")], str(self.folder))
+
+        def read(self, name):
+            return (self.folder / name).read_text()
+
+        def table(self, name):
+            """Rows of an exported table by their first column."""
+            exported = json.loads(self.read(f"tables/{name}.json"))
+            return {row[exported["columns"][0]["key"]]: row for row in exported["rows"]}
+
+        def rollout(self, name):
+            return json.loads(self.read(f"data/{name}.js").split(",", 1)[1].removesuffix(");\n"))
+
+    return Site()
 
 
 def write_checkpoint(folder):
@@ -49,44 +60,121 @@ def write_checkpoint(folder):
     manifest.finish(str(folder), "checkpoint", {}, {})
 
 
-def page_of(tmp_path):
-    return (tmp_path / "report" / "index.html").read_text()
+class Links(HTMLParser):
+    """Everything that an HTML page would load or lead to."""
+
+    def __init__(self, text):
+        super().__init__()
+        self.found = []
+        self.feed(text)
+
+    def handle_starttag(self, tag, attrs):
+        self.found += [value for name, value in attrs if name in ("src", "href")]
 
 
-def test_a_run_folder_becomes_one_page(tmp_path, evaluate):
+def test_a_run_folder_becomes_a_site(tmp_path, evaluate, site):
     score_folder(evaluate("mine", FakePolicy()), get_judge("rubric"))
     evaluate("lost", FakePolicy(), control=True)
     write_checkpoint(tmp_path / "run" / "specialist")
-    result = write_report([str(tmp_path / "run")], str(tmp_path / "report"))
-    page = page_of(tmp_path)
-    assert result["index"].endswith("report/index.html")
-    controls = page[page.index('id="controls"') : page.index('id="training"')]
-    assert "lost" in controls
-    assert "mine" not in controls
-    assert "specialist: losses over 399 steps" in page
-    assert re.search(r"</i>flow</span>", page)
-    assert "</i>kd</span>" not in page  # a term that this stage does not have
-    assert "rubric-1" in page
-    assert "InstructVLA-G" in page
-    assert len(list((tmp_path / "report" / "videos").iterdir())) == 2
+    assert site.make()["index"].endswith("report/index.html")
+    board = site.table("leaderboard-fake")
+    assert board["mine"]["success"]["value"] == 100
+    assert board["mine"]["score"]["low"] <= board["mine"]["score"]["value"] <= board["mine"]["score"]["high"]
+    assert board["DualVLA"]["origin"] == "published"
+    assert "lost" not in board
+    assert set(site.table("controls-fake")) == {"lost"}
+    assert "rubric" in site.read("index.html")
+    assert len(list((site.folder / "videos").iterdir())) == 2
+    assert "specialist, flow: from" in site.read("training.html")
+    assert "specialist, kd" not in site.read("training.html")  # a term that this stage does not have
 
 
-def test_what_a_policy_says_stays_text(tmp_path, evaluate):
-    score_folder(evaluate("evil", SayingPolicy(EVIL)), get_judge("rubric"))
-    write_report([str(tmp_path / "run")], str(tmp_path / "report"))
-    page = page_of(tmp_path)
-    assert "&lt;script&gt;document.title" in page
-    assert "<script>document" not in page
-    assert "<img" not in page
-
-
-def test_nothing_is_fetched_from_elsewhere(tmp_path, evaluate):
+def test_every_file_a_page_names_is_there_and_none_is_fetched_from_elsewhere(tmp_path, evaluate, site):
     evaluate("mine", FakePolicy())
-    write_report([str(tmp_path / "run")], str(tmp_path / "report"))
-    sources = re.findall(r'(?:src|href)="([^"#]+)', page_of(tmp_path))
-    assert sources
-    for source in sources:
-        assert source == "data:," or (tmp_path / "report" / source).is_file()
+    write_checkpoint(tmp_path / "run" / "specialist")
+    site.make()
+    pages = list(site.folder.glob("*.html"))
+    assert len(pages) == 7  # overview, tasks, one task, rollouts, published, training, about
+    for page in pages:
+        for link in Links(page.read_text()).found:
+            name = link.split("#")[0]
+            assert name in ("", "data:,") or (site.folder / name).is_file(), f"{page.name}: {link}"
+
+
+def test_what_a_policy_says_stays_text(evaluate, site):
+    folder = evaluate("evil", SayingPolicy(EVIL))
+    score_folder(folder, get_judge("rubric"))
+    site.make()
+    assert site.rollout("evil-touch-0000")["texts"] == [[0, EVIL]]
+    for file in [*site.folder.glob("*.html"), *site.folder.glob("data/*.js")]:
+        assert not re.search(r"<script>document|<img", file.read_text()), file.name
+
+
+def test_a_rollout_carries_every_step_and_where_the_last_action_led(evaluate, site):
+    folder = evaluate("mine", FakePolicy())
+    score_folder(folder, get_judge("rubric"))
+    site.make()
+    rollout = site.rollout("mine-touch-0001")
+    steps = pq.read_table(f"{folder}/trajectories/mine-touch-0001.parquet").to_pylist()
+    assert rollout["steps"] == len(steps) - 1 == len(rollout["actions"])
+    assert len(rollout["tool"]) == len(rollout["gripper"]) == len(steps)
+    assert [t for t, s in enumerate(steps[:-1]) if s["keyframe"]] == rollout["fresh"]
+    assert [[t, e] for t, s in enumerate(steps[:-1]) for e in s["events"]] == rollout["events"]
+    for t, step in enumerate(steps[:-1]):
+        assert [text for since, text in rollout["texts"] if since <= t][-1] == step["reasoning"]
+    assert rollout["score"]["reasons"]["A"][0]["name"] == "smoothness"
+    assert {o["name"] for o in rollout["objects"]} == {"red cube", "blue cylinder"}
+
+
+def test_policies_of_one_name_in_two_folders_stay_apart(evaluate, site):
+    evaluate("mine", FakePolicy(), folder="monday")
+    evaluate("mine", SayingPolicy("other"), folder="tuesday")
+    site.make()
+    assert {"mine (monday)", "mine (tuesday)"} <= set(site.table("leaderboard-fake"))
+    assert site.rollout("mine-touch-0000")["texts"] != site.rollout("mine-2-touch-0000")["texts"]
+
+
+def test_scores_of_a_model_judge_bring_its_words_and_examples(evaluate, site):
+    folder = evaluate("mine", FakePolicy())
+    score_folder(folder, get_judge("rubric"))
+    url = f"{folder}/{SCORES}"
+    table = pq.read_table(url)
+    extras = {"judge": "openai:m", "rationale": EVIL, "examples": '["kb-3"]'}
+    for name, value in extras.items():
+        if name in table.column_names:
+            table = table.drop_columns([name])
+        table = table.append_column(name, [[value] * len(table)])
+    pq.write_table(table, url)
+    site.make()
+    score = site.rollout("mine-touch-0000")["score"]
+    assert (score["judge"], score["rationale"], score["examples"]) == ("openai:m", EVIL, ["kb-3"])
+
+
+def test_an_unjudged_success_leaves_the_score_open_between_its_bounds(evaluate, site):
+    folder = evaluate("mine", FakePolicy())
+    score_folder(folder, get_judge("rubric"))
+    url = f"{folder}/{SCORES}"
+    rows = pq.read_table(url).to_pylist()
+    known = [100 * r["score"] for r in rows[1:]]
+    rows[0] |= {"unjudged": "no answer", "score": None, "A": None, "I": None, "R": None, "RA": None}
+    schema = pq.read_schema(url)
+    pq.write_table(pq.read_table(url).from_pylist(rows, schema=schema), url)
+    site.make()
+    row = site.table("judged-fake")["mine"]
+    assert row["score"]["value"] == pytest.approx(sum(known) / 2)
+    assert row["worst"]["value"] == pytest.approx(sum(known) / 3)
+    assert row["best"]["value"] == pytest.approx((sum(known) + 100) / 3)
+    assert site.rollout("mine-touch-0000")["score"]["unjudged"] == "no answer"
+
+
+def test_a_crashed_episode_is_shown_with_nothing_recorded(evaluate, site):
+    folder = evaluate("mine", FakePolicy())
+    url = f"{folder}/episodes.parquet"
+    rows = pq.read_table(url).to_pylist()
+    rows[0] |= {"stop_reason": "crashed", "failure": "killed", "success": False, "steps": 0, "video": None}
+    pq.write_table(pq.read_table(url).from_pylist(rows, schema=pq.read_schema(url)), url)
+    site.make()
+    assert site.rollout("mine-touch-0000")["steps"] == 0
 
 
 def test_a_report_is_made_once_and_again_after_the_scores(tmp_path, evaluate):
@@ -99,29 +187,13 @@ def test_a_report_is_made_once_and_again_after_the_scores(tmp_path, evaluate):
         write_report([folder], out)
 
 
+def test_a_folder_given_twice_counts_once(tmp_path, evaluate):
+    folder = evaluate("mine", FakePolicy())
+    assert len(gather([folder, str(tmp_path / "run")]).episodes) == 3
+
+
 def test_folders_without_anything_to_show_are_refused(tmp_path):
     with pytest.raises(DataError, match="does not exist"):
         write_report([str(tmp_path / "nowhere")], str(tmp_path / "report"))
     with pytest.raises(DataError, match="no finished folder"):
         write_report([str(tmp_path)], str(tmp_path / "report"))
-
-
-def test_scores_are_kept_until_the_judge_or_the_evaluation_changes(tmp_path, evaluate):
-    folder = evaluate("mine", FakePolicy())
-    first = score_folder(folder, get_judge("rubric"))
-    assert first["policies"]["mine"]["n"] == 3
-    assert score_folder(folder, get_judge("rubric")) == {**first, "skipped": True}
-
-
-def test_a_reasoning_policy_that_says_nothing_has_no_reasoning_and_no_alignment(tmp_path, evaluate):
-    scored = score_folder(evaluate("silent", Silent()), get_judge("rubric"))["policies"]["silent"]
-    assert (scored["R"], scored["RA"], scored["score"]) == (0, 0, 0)
-    assert scored["without_reasoning"] == scored["n"] == 3
-    assert scored["success"] == 100
-
-
-def test_an_unknown_judge_is_named_with_the_nearest_one():
-    with pytest.raises(UsageError, match="did you mean 'rubric'"):
-        get_judge("rubrik")
-    with pytest.raises(UsageError, match="choose from: .*rubric"):
-        get_judge("gpt-4o")

@@ -14,19 +14,27 @@ def _configure(parser: argparse.ArgumentParser) -> None:
         "folders",
         nargs="+",
         metavar="DIR",
-        help="evaluation, checkpoint or data set folders, or a run folder that holds them",
+        help="evaluation, checkpoint, data set or judge check folders, or a run folder that holds them",
     )
     parser.add_argument("--out", required=True, metavar="DIR", help="where the site is written; open its index.html")
+    parser.add_argument(
+        "--track",
+        action="append",
+        default=[],
+        metavar="WHERE",
+        help="send the same figures to tensorboard:FOLDER, wandb:PROJECT or mlflow:URI; may be repeated",
+    )
 
 
 def _run(arguments: argparse.Namespace) -> dict[str, Any]:
     from dualvla_eval.report.site import write_report
 
-    return {"ok": True, **write_report(arguments.folders, arguments.out)}
+    return {"ok": True, **write_report(arguments.folders, arguments.out, track=arguments.track)}
 
 
 def _render(result: Mapping[str, Any]) -> str:
-    return result["index"] + (" (unchanged)" if result["skipped"] else "")
+    tracked = [f"{len(runs)} runs sent to {where}" for where, runs in result["tracked"].items()]
+    return "\n".join([result["index"] + (" (unchanged)" if result["skipped"] else ""), *tracked])
 
 
-COMMAND = Command("one static HTML page with tables, plots and films", _configure, _run, _render)
+COMMAND = Command("a static HTML site with tables, plots and every rollout", _configure, _run, _render)
