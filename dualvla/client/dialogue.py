@@ -28,7 +28,7 @@ _LOCAL = ("127.0.0.1", "localhost", "::1")
 class Reply(TypedDict):
     """What `infer` returns. actions: float32 [H, D] in the units of the action space; timings in milliseconds.
 
-    seq: the session's answers so far, this one included. interventions: what the safety layer changed in the actions.
+    seq: the session's answers so far, this one included. model: {"name", "version"} that answered. interventions: what the safety layer changed in the actions.
     fault: {"kind", "id", "message"} where actions are the server's safe hold (`on_fault=hold`), else None.
     """
 
@@ -38,6 +38,7 @@ class Reply(TypedDict):
     reasoning_tokens: int
     id: str
     seq: int
+    model: dict[str, str]
     interventions: list[str]
     fault: dict[str, str] | None
     policy_timing: dict[str, float]
@@ -114,6 +115,7 @@ class Dialogue:
             reasoning_tokens=reply.reasoning_tokens,
             id=observation.id,
             seq=int(message.get("seq") or 0),
+            model=dict(message.get("model") or {}),
             interventions=list(message.get("interventions") or ()),
             fault=message.get("fault"),
             policy_timing=message.get("policy_timing") or {},

@@ -4,69 +4,19 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
-import signal
-import socket
-import subprocess
 import sys
-import tempfile
 import time
-import urllib.error
-import urllib.request
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
-
-TOKEN = "0123456789abcdef0123456789abcdef"
-
-
-@dataclass(frozen=True)
-class Head:
-    address: str
-    env: dict[str, str]
+from ray_head import Head, dualvla, free_ports, running_head
 
 
 @pytest.fixture(scope="module")
 def head() -> Iterator[Head]:
-    """A head of our own: its own ports, folder and process group, so that stopping it stops nothing else."""
-    dashboard, gcs, client, agent = _free_ports(4)
-    folder = tempfile.mkdtemp(prefix="dvh")  # short: Ray puts Unix sockets below it
-    env = {k: v for k, v in os.environ.items() if not k.startswith("RAY_")}
-    env |= {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": TOKEN, "RAY_USAGE_STATS_ENABLED": "0"}
-    options = {
-        "port": gcs,
-        "dashboard-host": "127.0.0.1",
-        "dashboard-port": dashboard,
-        "ray-client-server-port": client,
-        "dashboard-agent-listen-port": agent,
-        "temp-dir": folder,
-        "num-cpus": 2,
-        "object-store-memory": 100_000_000,
-    }
-    command = [str(Path(sys.executable).with_name("ray")), "start", "--head", "--block"]
-    command += [f"--{name}={value}" for name, value in options.items()]
-    log = Path(folder, "head.log")
-    with log.open("wb") as output:
-        process = subprocess.Popen(command, env=env, stdout=output, stderr=subprocess.STDOUT, start_new_session=True)
-    address = f"http://127.0.0.1:{dashboard}"
-    try:
-        _wait_for(address, process, log)
-        yield Head(address, env)
-    finally:
-        process.send_signal(signal.SIGTERM)
-        try:
-            process.wait(30)
-        except subprocess.TimeoutExpired:
-            os.killpg(process.pid, signal.SIGKILL)
-            process.wait()
-        shutil.rmtree(folder, ignore_errors=True)
-
-
-def dualvla(head: Head, *argv: str, **env: str) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "dualvla", *argv]
-    return subprocess.run(command, env=head.env | env, capture_output=True, text=True, timeout=200)
+    with running_head() as found:
+        yield found
 
 
 def test_a_job_reports_its_output_and_its_exit_code(head: Head) -> None:
@@ -127,30 +77,9 @@ def test_an_unknown_job_is_a_usage_error(head: Head) -> None:
 
 
 def test_no_head_is_told_at_once_and_an_unknown_command_before_that() -> None:
-    (port,) = _free_ports(1)
+    (port,) = free_ports(1)
     nobody = Head(f"http://127.0.0.1:{port}", dict(os.environ))
     done = dualvla(nobody, "submit", "--address", nobody.address, "--", "prune", "a", "b", "--mode", "both")
     assert (done.returncode, "ray start --head" in done.stderr) == (2, True), done.stderr
     done = dualvla(nobody, "submit", "--address", nobody.address, "--", "prunee")
     assert (done.returncode, "did you mean 'prune'" in done.stderr) == (2, True), done.stderr
-
-
-def _free_ports(count: int) -> list[int]:
-    sockets = [socket.create_server(("127.0.0.1", 0)) for _ in range(count)]
-    ports = [s.getsockname()[1] for s in sockets]
-    for s in sockets:
-        s.close()
-    return ports
-
-
-def _wait_for(address: str, process: subprocess.Popen[bytes], log: Path) -> None:
-    deadline = time.monotonic() + 120
-    while True:
-        assert process.poll() is None, log.read_text()
-        try:
-            request = urllib.request.Request(f"{address}/api/version", headers={"Authorization": f"Bearer {TOKEN}"})
-            urllib.request.urlopen(request, timeout=5).close()
-            return
-        except (urllib.error.URLError, OSError):
-            assert time.monotonic() < deadline, log.read_text()
-            time.sleep(0.5)
