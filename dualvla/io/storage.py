@@ -87,6 +87,7 @@ def _filesystem(url: str):  # type: ignore[no-untyped-def]  # fsspec is untyped
         settings = StorageSettings.from_environment()
         options = {
             "anon": settings.anonymous,
+            "endpoint_url": os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL"),
             "use_listings_cache": False,  # other processes write what this one lists
             "config_kwargs": {
                 "retries": {"total_max_attempts": 1},
@@ -312,8 +313,16 @@ def list_files(folder: str | os.PathLike[str], suffix: str = "") -> list[str]:
     if is_local(folder):
         names = [p.name for p in Path(folder).iterdir() if p.is_file()] if Path(folder).is_dir() else []
     else:
-        names = _list_remote(folder, "file")
+        names = list(_list_remote(folder, "file"))
     return [join(folder, n) for n in sorted(names) if n.endswith(suffix) and not n.startswith(".")]
+
+
+def file_sizes(folder: str | os.PathLike[str]) -> dict[str, int]:
+    """URL -> bytes of each file directly in `folder`, by one listing; empty if there is no such folder."""
+    folder = os.fspath(folder)
+    if is_local(folder):
+        return {file: Path(file).stat().st_size for file in list_files(folder)}
+    return {join(folder, name): size for name, size in sorted(_list_remote(folder, "file").items())}
 
 
 def list_folders(folder: str | os.PathLike[str]) -> list[str]:
@@ -322,16 +331,18 @@ def list_folders(folder: str | os.PathLike[str]) -> list[str]:
     if is_local(folder):
         names = [p.name for p in Path(folder).iterdir() if p.is_dir()] if Path(folder).is_dir() else []
     else:
-        names = _list_remote(folder, "directory")
+        names = list(_list_remote(folder, "directory"))
     return [join(folder, n) for n in sorted(names) if not n.startswith(".")]
 
 
-def _list_remote(folder: str, kind: str) -> list[str]:
+def _list_remote(folder: str, kind: str) -> dict[str, int]:
+    """Name -> bytes."""
     fs, path = _filesystem(folder)
     try:
         entries = _ask(folder, lambda: fs.ls(path, detail=True))
     except (FileNotFoundError, NotADirectoryError):
-        return []
+        return {}
     here = path.rstrip("/")
-    names = [e["name"].rstrip("/") for e in entries if e["type"] == kind]
-    return [name.rsplit("/", 1)[-1] for name in names if name != here]  # a store may list the folder's own marker
+    found = {e["name"].rstrip("/"): int(e.get("size") or 0) for e in entries if e["type"] == kind}
+    # A store may list the folder's own marker.
+    return {name.rsplit("/", 1)[-1]: size for name, size in found.items() if name != here}

@@ -29,6 +29,7 @@ from dualvla.errors import DataError, OutputError, UsageError
 from dualvla.io import dataset, storage
 from dualvla_pipelines import checks, ingest
 from dualvla_pipelines.ingest import IngestConfig
+from dualvla_pipelines.sources.conventions import BRIDGE_LEROBOT
 
 RLDS, LEROBOT = IngestConfig("rlds"), IngestConfig("lerobot", convention="bridge")
 Run = Callable[..., dict[str, Any]]
@@ -257,6 +258,26 @@ def test_another_version_is_refused_by_name(tmp_path: Path, version: str | None)
     (tmp_path / "src/meta/info.json").write_text(json.dumps(info))
     with pytest.raises(DataError, match=f"LeRobot {version}, which is not read here"):
         ingest.ingest(str(tmp_path / "src"), str(tmp_path / "out"), LEROBOT)
+
+
+def test_a_convention_that_does_not_fit_is_refused_before_any_episode_is_read(tmp_path: Path) -> None:
+    write_lerobot_v3(tmp_path / "lerobot", files=1, episodes=1, cameras=0)
+    wide = tmp_path / "wide.json"
+    wide.write_text(json.dumps({"name": "wide", "arms": [{**vars(BRIDGE_LEROBOT.arms[0]), "gripper": "action[7:8]"}]}))
+    for convention, message in (
+        (str(wide), "asks for more than the 7"),
+        ("dualvla", "no column 'observation.ee_pose'"),
+    ):
+        with pytest.raises(DataError, match=message):
+            ingest.ingest(str(tmp_path / "lerobot"), str(tmp_path / "out"), IngestConfig("lerobot", convention))
+    write_bridge(tmp_path / "rlds", files=1, episodes=1)
+    with pytest.raises(DataError, match="which convention 'fractal' needs"):
+        ingest.ingest(str(tmp_path / "rlds"), str(tmp_path / "out"), IngestConfig("rlds", convention="fractal"))
+    with pytest.raises(UsageError, match="does not say its control rate"):
+        ingest.ingest(
+            str(tmp_path / "rlds"), str(tmp_path / "out"), IngestConfig("rlds", overrides=("control_hz=null",))
+        )
+    assert not (tmp_path / "out").exists()
 
 
 # --- what all sources share ---

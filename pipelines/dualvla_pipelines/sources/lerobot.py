@@ -68,6 +68,7 @@ class LeRobotSource:
         episodes, tasks = read(folder)
         features = info["features"]
         found = conventions.load(convention, CONVENTIONS, _recognise(features), overrides)
+        _refuse_misfit(found, features)
         cameras = {
             key: found.cameras.get(key, key.rsplit(".", 1)[-1])
             for key, feature in features.items()
@@ -88,13 +89,16 @@ class LeRobotSource:
         return LABELLED in self.episodes_meta.column_names and bool(self._row(0)[LABELLED])
 
     def fingerprint(self) -> str:
-        sizes, files = [], set()
+        lengths, files = [], set()
         for position in range(len(self.episodes_meta)):
             row = self._row(position)
-            sizes.append((row["episode_index"], row["length"]))
+            lengths.append((row["episode_index"], row["length"]))
             files |= {self._data_url(row), *self._video_urls(row).values()}
-        held = [(url.removeprefix(self.folder), _size(url)) for url in sorted(files)]
-        return hashlib.sha256(repr((sorted(self.info.items(), key=str), sizes, held)).encode()).hexdigest()
+        sizes: dict[str, int] = {}
+        for folder in sorted({file.rsplit("/", 1)[0] for file in files}):
+            sizes |= storage.file_sizes(folder)
+        held = [(self._short(url), sizes.get(url)) for url in sorted(files)]  # one that is missing costs its episodes
+        return hashlib.sha256(repr((sorted(self.info.items(), key=str), lengths, held)).encode()).hexdigest()
 
     def units(self) -> Sequence[Unit]:
         """Runs of episodes of one data file, of about `_FRAMES_PER_UNIT` frames."""
@@ -292,6 +296,16 @@ def _recognise(features: Mapping[str, Any]) -> Convention | None:
     return None
 
 
+def _refuse_misfit(convention: Convention, features: Mapping[str, Any]) -> None:
+    """A convention that no episode can meet, found before any is read. Raises: DataError naming the column."""
+    numbers = {
+        name: np.zeros((1, int(np.prod(feature["shape"]))))
+        for name, feature in features.items()
+        if feature["dtype"] not in ("image", "video", "string", "language")
+    }
+    conventions.convert(numbers, convention)
+
+
 def _is_depth(feature: Mapping[str, Any]) -> bool:
     info = feature.get("info") or feature.get("video_info") or {}
     return bool(info.get("is_depth_map") or info.get("video.is_depth_map"))
@@ -338,14 +352,6 @@ def _json_lines(url: str) -> list[dict[str, Any]]:
         return [json.loads(line) for line in storage.read_bytes(url).splitlines() if line.strip()]
     except ValueError as error:
         raise DataError(f"'{url}' is not valid JSON: {error}.", "fetch the folder again") from error
-
-
-def _size(url: str) -> int:
-    """-1 for a file that is missing: that costs its episodes, not the job."""
-    try:
-        return storage.size_bytes(url)
-    except DataError:
-        return -1
 
 
 def _parquet(url: str, file: Any) -> pq.ParquetFile:

@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from dualvla.errors import DataError
+from dualvla.errors import DataError, UsageError
 from dualvla.io import storage
 from dualvla_pipelines.sources import conventions
 from dualvla_pipelines.sources.base import Episode, Recording, Rejected, Unit, build_episode
@@ -37,7 +37,8 @@ class RldsSource:
 
     @classmethod
     def open(cls, folder: str, convention: str, overrides: tuple[str, ...]) -> RldsSource:
-        """Raises: DataError if the folder holds no TFRecord file; UsageError if its schema is not known."""
+        """Raises: DataError if the folder holds no readable TFRecord file, or one without what its convention needs;
+        UsageError if its schema is not known or nothing says its control rate."""
         keys: set[str] = set()
         for file in _files(folder):
             try:
@@ -46,9 +47,17 @@ class RldsSource:
                 break
             except (DataError, StopIteration):
                 continue  # damaged or empty; its own unit will say so
-        fitting = [candidate for candidate in CONVENTIONS.values() if keys and _needed(candidate) <= keys]
-        recognised = fitting[0] if fitting else None
-        found = conventions.load(convention, CONVENTIONS, recognised, overrides)
+        if not keys:
+            raise DataError(f"No TFRecord file in '{folder}' begins with a readable episode.", "fetch the files again")
+        fitting = [candidate for candidate in CONVENTIONS.values() if _needed(candidate) <= keys]
+        found = conventions.load(convention, CONVENTIONS, fitting[0] if fitting else None, overrides)
+        lacking = sorted(_needed(found) - keys)
+        if lacking:
+            raise DataError(
+                f"'{folder}' has no '{lacking[0]}', which convention '{found.name}' needs.", "pass another --convention"
+            )
+        if found.control_hz is None:
+            raise UsageError("RLDS does not say its control rate.", "pass --set control_hz=...")
         steps = {key.removeprefix(_STEPS) for key in keys if key.startswith(_STEPS)}
         return cls(folder, found, tuple(sorted(steps - _used(found, steps) - set(_FLAGS))))
 
@@ -64,7 +73,8 @@ class RldsSource:
         return [Unit(i, file.rsplit("/", 1)[-1], {"file": file}) for i, file in enumerate(_files(self.folder))]
 
     def fingerprint(self) -> str:
-        names = [(file.rsplit("/", 1)[-1], storage.size_bytes(file)) for file in _files(self.folder)]
+        sizes = storage.file_sizes(self.folder)
+        names = [(file.rsplit("/", 1)[-1], sizes[file]) for file in _files(self.folder)]
         return hashlib.sha256(repr(names).encode()).hexdigest()
 
     def episodes(self, unit: Unit) -> Iterator[Episode]:
@@ -128,7 +138,7 @@ class RldsSource:
             columns,
             images,
             instructions=[text.decode(errors="replace") for text in said],
-            control_hz=self.convention.control_hz or float("nan"),
+            control_hz=self.convention.control_hz or 0.0,
             split=match["split"] if match else "train",
         )
 
