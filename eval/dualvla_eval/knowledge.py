@@ -60,10 +60,12 @@ class Version:
 
 @dataclass(frozen=True)
 class Entry:
-    """row: of episodes.parquet. source: digest of the evaluation it was copied from. texts: what the policy wrote."""
+    """row: of episodes.parquet. source: digest of the evaluation it was copied from. texts: what the policy wrote.
+    control_hz: steps, and pictures of the film, a second."""
 
     id: str
     source: str
+    control_hz: float
     row: Mapping[str, Any]
     texts: tuple[str, ...]
     versions: tuple[Version, ...]
@@ -95,7 +97,7 @@ class KnowledgeBase:
         try:
             found = json.loads(storage.read_bytes(url))
             versions = tuple(Version(**v) for v in found["versions"])
-            return Entry(found["id"], found["source"], found["row"], tuple(found["texts"]), versions)
+            return Entry(**{**found, "texts": tuple(found["texts"]), "versions": versions})
         except (json.JSONDecodeError, KeyError, TypeError) as error:
             raise DataError(f"'{url}' is no entry: {error!r}.", "delete it, or restore it from a copy") from error
 
@@ -229,9 +231,17 @@ def _add(
     for dimension in DIMENSIONS:
         mark = verdict.mark(dimension)
         marks[dimension] = None if mark is None else round(mark)
-    version = Version(1, marks, verdict.rationale, judge, _now(), reviewed=False)
+    version = Version(1, marks, _rationale(verdict), judge, _now(), reviewed=False)
     texts = tuple(text for _, text in statements(trajectory))
-    _write_entry(folder, Entry(id, source, {**row, "video": f"videos/{id}.mp4"}, texts, (version,)))
+    control_hz = results.read_json(storage.join(evaluation, results.SUMMARY))["control_hz"]
+    _write_entry(folder, Entry(id, source, control_hz, {**row, "video": f"videos/{id}.mp4"}, texts, (version,)))
+
+
+def _rationale(verdict: Verdict) -> str:
+    """The judge's words; of a judge without words, what its marks are made of."""
+    if verdict.rationale:
+        return verdict.rationale[:_MOST_RATIONALE]
+    return "\n".join(f"{d}: {'; '.join(c.detail for c in of)}" for d, of in verdict.explanation.items())
 
 
 def _entry_id(source: str, row: Mapping[str, Any]) -> str:

@@ -17,6 +17,7 @@ from dualvla_eval.judges.oracle import Truth, read_state, truths
 from dualvla_eval.reasoning import StatedReasoning, Step, parse
 from dualvla_eval.results import Trajectory
 from dualvla_eval.sim.base import SceneState
+from dualvla_eval.tasks.blocks import TASKS
 
 _STILL_M = 0.002  # a displacement below this is not a motion
 _MOVING_M = 0.005  # both motions of a reversal are at least this long
@@ -89,6 +90,8 @@ def _judge(trajectory: Trajectory) -> Verdict:
     if trajectory.num_steps == 0:
         return Verdict(unjudged="the episode ended before its first step")
     states = [read_state(s) for s in trajectory.states]
+    if states[0].task not in TASKS:
+        return Verdict(unjudged=f"the rubric has no expert for task '{states[0].task}'")
     tool = trajectory.ee_pose[:, :3]
     evidence = _Evidence(trajectory, states, truths(trajectory, states), tool, np.diff(tool, axis=0))
     action, intention = _action(evidence), _intention(evidence)
