@@ -81,12 +81,14 @@ def read_table(url: str, columns: Sequence[str] | None = None, optional: Sequenc
     Raises: DataError naming a truncated or foreign file, or a missing column.
     """
     try:
-        file = pq.ParquetFile(pa.BufferReader(storage.read_bytes(url)))
-        names = file.schema_arrow.names
-        lacking = set(columns or ()) - set(names)
-        if lacking:
-            raise DataError(f"'{url}' has no column '{sorted(lacking)[0]}'.", "make the data set with this version")
-        return file.read(columns=None if columns is None else [*columns, *(c for c in optional if c in names)])
+        # All columns take the whole file at once; some of them only their byte ranges, not the images.
+        with pa.BufferReader(storage.read_bytes(url)) if columns is None else storage.open_reader(url) as source:
+            file = pq.ParquetFile(source)
+            names = file.schema_arrow.names
+            lacking = set(columns or ()) - set(names)
+            if lacking:
+                raise DataError(f"'{url}' has no column '{sorted(lacking)[0]}'.", "make the data set with this version")
+            return file.read(columns=None if columns is None else [*columns, *(c for c in optional if c in names)])
     except (pa.ArrowInvalid, OSError) as error:
         raise DataError(
             f"'{url}' is not a readable parquet file: {error}.",
