@@ -29,7 +29,8 @@ class Reply(TypedDict):
     """What `infer` returns. actions: float32 [H, D] in the units of the action space; timings in milliseconds.
 
     seq: the session's answers so far, this one included. model: {"name", "version"} of what answered. interventions:
-    what the safety layer changed in the actions. fault: {"kind", "id", "message"} where actions are the server's safe hold (`on_fault=hold`), else None.
+    what the safety layer changed in the actions. fault: {"kind", "id", "message"} where actions are the server's safe
+    hold (`on_fault=hold`), else None.
     """
 
     actions: np.ndarray
