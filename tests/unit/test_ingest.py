@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -16,6 +18,7 @@ from robot_sources import (
     TASKS,
     bridge_episode,
     fractal_episode,
+    jpeg,
     picture,
     serialize,
     tfrecord,
@@ -327,6 +330,34 @@ def test_parts_stay_small_whatever_the_file(run: Run, monkeypatch: pytest.Monkey
     assert result["rows_out"] == 36
     held = [set(dataset.read_table(file)["episode_id"].to_pylist()) for file in files]
     assert sum(map(len, held)) == len(set().union(*held)) == 6  # an episode lies in one part
+
+
+MEASURE = """
+import resource, sys
+from dualvla_pipelines import ingest
+ingest._PART_BYTES = 2 << 20
+config = ingest.IngestConfig("rlds")
+source = config.open(sys.argv[1])
+ingest.UnitIngest(source, sys.argv[2], config, annotated=False)(ingest.Job(source.units()[0]))
+print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
+"""
+
+
+@pytest.mark.slow
+def test_ten_times_the_data_take_no_more_memory(tmp_path: Path) -> None:
+    """One file of 5 MB and one of 50 MB, in processes of their own."""
+    noise = np.random.default_rng(0).integers(0, 40, (128, 128, 3))
+    episode = bridge_episode(0, 40, "")
+    episode["steps/observation/image_0"] = [jpeg((picture(0, s, size=128) + noise).astype(np.uint8)) for s in range(40)]
+    record = tfrecord([serialize(episode)])
+    peak = {}
+    for copies in (20, 200):
+        folder = tmp_path / str(copies)
+        folder.mkdir()
+        (folder / "x.tfrecord").write_bytes(record * copies)
+        command = [sys.executable, "-c", MEASURE, str(folder), str(tmp_path / f"out-{copies}")]
+        peak[copies] = int(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
+    assert peak[200] < 1.15 * peak[20]
 
 
 def test_what_no_worker_survives_is_counted(tmp_path: Path) -> None:
