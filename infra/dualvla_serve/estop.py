@@ -14,7 +14,7 @@ from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 
 from dualvla.config import from_dict
-from dualvla.errors import DataError, DualVLAError, StoppedError
+from dualvla.errors import DualVLAError, StoppedError
 from dualvla.io import storage
 
 log = logging.getLogger("dualvla.serve")
@@ -67,7 +67,7 @@ class Latch:
             if self._url is None or not storage.exists(self._url):
                 return StopState(stopped=False)
             return from_dict(StopState, json.loads(storage.read_bytes(self._url)), "emergency stop")
-        except (DualVLAError, DataError, OSError, ValueError, AttributeError) as error:
+        except (DualVLAError, OSError, ValueError, TypeError, AttributeError) as error:
             log.critical("the emergency stop's file %s cannot be read, so everything stands: %s", self._url, error)
             return StopState(stopped=True, reason="its state could not be read")
 
