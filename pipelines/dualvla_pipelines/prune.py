@@ -71,7 +71,7 @@ class Workers:
         count = max(1, min(parts, self.count or int(cluster_cpus)))
         share = self.gpus if learned and cluster_gpus else 0.0
         if share is None:
-            share = 1.0 / max(1, math.ceil(count / cluster_gpus))
+            share = math.floor(1e4 / max(1, math.ceil(count / cluster_gpus))) / 1e4  # Ray counts in 1/10000
         if share:
             count = min(count, max(1, int(cluster_gpus * math.floor(1.0 / share))))
         return count, {"num_cpus": min(_CPUS_PER_WORKER, 0.5 * cluster_cpus / count), "num_gpus": share}

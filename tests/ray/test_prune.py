@@ -14,10 +14,15 @@ from typing import Any
 import numpy as np
 import psutil
 import pytest
+import ray
+import s3fs
+from s3_faults import FaultPlan, fault_proxy, moto_server
 
 from dualvla import cli
-from dualvla.errors import DataError, OutputError, UsageError
+from dualvla.errors import DataError, OutputError, PlatformError, UsageError
 from dualvla.io import dataset, manifest
+from dualvla_pipelines.labelling import SceneSource
+from dualvla_pipelines.prune import PruneConfig, PruneJob, Workers, on_ray
 
 MakeDataset = Callable[..., str]
 pytestmark = pytest.mark.usefixtures("ray_cluster")
@@ -120,3 +125,45 @@ def test_a_killed_worker_costs_nothing(make_dataset: MakeDataset, tmp_path: Path
     wait_until(process, workers)[0].kill()
     assert process.wait(timeout=120) == 0
     assert contents(out) == contents(straight)
+
+
+class DeadlyJob(PruneJob):
+    """Its workers die on every part that they look at."""
+
+    def scenes(self, device: str) -> SceneSource:
+        return SceneSource(lambda episodes: os._exit(1))
+
+
+@pytest.mark.slow
+def test_a_part_that_kills_every_worker_stops_the_job(make_dataset: MakeDataset, tmp_path: Path) -> None:
+    job = DeadlyJob(make_dataset(parts=1), str(tmp_path / "out"), PruneConfig())
+    ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])  # workers cannot import tests
+    try:
+        with pytest.raises(PlatformError, match="died 3 times on the same part"):
+            list(on_ray(job, ["part-00000.parquet"], Workers(1)))
+    finally:
+        ray.cloudpickle.unregister_pickle_by_value(sys.modules[__name__])
+
+
+@pytest.mark.slow
+def test_a_store_that_fails_in_passing_changes_no_byte(
+    make_dataset: MakeDataset, tmp_path: Path, fault_seed: int
+) -> None:
+    data, here, back = make_dataset(parts=4), str(tmp_path / "here"), str(tmp_path / "back")
+    spoil(data, 2)
+    cli.call("prune", [data, here])
+    keys = {"AWS_ACCESS_KEY_ID": "test", "AWS_SECRET_ACCESS_KEY": "test", "AWS_DEFAULT_REGION": "us-east-1"}
+    plan = FaultPlan(fault_seed, rate=0.1)
+    with moto_server() as port, fault_proxy(port, plan) as proxy:
+        store = s3fs.S3FileSystem(key="test", secret="test", endpoint_url=f"http://127.0.0.1:{port}")
+        store.mkdir("bucket")
+        store.put(data, "bucket/data", recursive=True)
+        subprocess.run(
+            [sys.executable, "-m", "dualvla", "prune", "s3://bucket/data", "s3://bucket/out"],
+            env={**os.environ, **keys, "AWS_ENDPOINT_URL": proxy},
+            check=True,
+        )
+        store.get("bucket/out", back, recursive=True)
+    assert len(plan.faults()) > 1
+    assert contents(back) == contents(here)
+    assert pictures(back) == pictures(here)

@@ -212,7 +212,8 @@ def test_a_learned_detector_labels_as_it_does_alone(make_dataset: MakeDataset, t
     [
         (97, 2, 0, Workers(), True, (2, 0.5, 0)),
         (97, 16, 1, Workers(), True, (16, 0.5, 1 / 16)),
-        (97, 16, 2, Workers(5), True, (5, 0.5, 1 / 3)),  # 2/5 each would leave the fifth worker without a place
+        (97, 16, 2, Workers(5), True, (5, 0.5, 0.3333)),  # 2/5 each would leave the fifth worker without a place
+        (97, 16, 1, Workers(6), True, (6, 0.5, 0.1666)),
         (97, 16, 4, Workers(2), True, (2, 0.5, 1)),
         (97, 16, 1, Workers(gpus=0.5), True, (2, 0.5, 0.5)),
         (97, 16, 1, Workers(gpus=0), True, (16, 0.5, 0)),
