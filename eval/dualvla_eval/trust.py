@@ -50,10 +50,11 @@ class TrustConfig:
 
 @dataclass(frozen=True)
 class HumanMark:
-    """One person's marks (0..10, None: not given) of one trajectory."""
+    """One person's marks (0..10, None: not given) of one trajectory. synthetic: made up, to try something out."""
 
     key: tuple[str, str, str, int]
     rater: str
+    synthetic: bool
     marks: Mapping[Dimension, float | None]
 
 
@@ -252,7 +253,9 @@ def _spread(asked: Sequence[Sequence[Verdict]]) -> dict[str, Any]:
 
 
 def read_human(url: str) -> list[HumanMark]:
-    """CSV with a header: policy, task, episode_id, A, I and, where given, variant, R, RA, rater. Marks 0..10 or empty.
+    """CSV with a header: policy, task, episode_id, A, I and, where given, variant, R, RA, rater, synthetic (true).
+
+    Marks are 0..10 or empty.
 
     Raises: DataError naming the line.
     """
@@ -274,7 +277,7 @@ def _human_mark(url: str, line: int, row: Mapping[str, str]) -> HumanMark:
     for dimension, mark in marks.items():
         if mark is not None and not 0 <= mark <= 10:
             raise DataError(f"'{url}' line {line}: {dimension} = {mark:g} is not in 0..10.", "correct it")
-    return HumanMark(key, row.get("rater") or "", marks)
+    return HumanMark(key, row.get("rater") or "", (row.get("synthetic") or "").lower() in ("1", "true", "yes"), marks)
 
 
 def _against_people(
@@ -295,14 +298,14 @@ def _against_people(
     people = [{d: _mean([m.marks[d] for m in of[key]]) for d in DIMENSIONS} for key in shared]
     pairs = {d: [(v.mark(d), p[d]) for v, p in zip(verdicts, people, strict=True)] for d in DIMENSIONS}
     both = [two for key in shared for two in itertools.combinations(of[key], 2)]
+    between = {d: _agree([(a.marks[d], b.marks[d]) for a, b in both]) for d in DIMENSIONS}
     return {
         "source": source,
+        "synthetic": any(m.synthetic for m in human),
         "raters": len({m.rater for m in human}),
         "marked": len(of),
         "dimensions": {d: _agree(pairs[d]) for d in DIMENSIONS},
-        "between_people": {d: _agree([(a.marks[d], b.marks[d]) for a, b in both]) for d in DIMENSIONS}
-        if both
-        else None,
+        "between_people": between if both else None,
     }
 
 

@@ -67,6 +67,7 @@ def _render(result: Mapping[str, Any]) -> str:
         parts.append(_consistency(result["consistency"]))
     for name, title in (("agreement", "Agreement with people"), ("leave_one_out", "Leave-one-out, knowledge base")):
         if result[name]:
+            title += " (SYNTHETIC marks)" if result[name].get("synthetic") else ""
             parts.append(_agreement(title, result[name]["dimensions"]))
     return "\n".join([*parts, result["out"]])
 
