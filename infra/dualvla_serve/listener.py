@@ -38,9 +38,13 @@ def bind(host: str, first: int, last: int) -> socket.socket:
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     for port in range(first, last + 1):
         try:
-            return socket.create_server((host, port), family=family, backlog=512)
+            sock = socket.create_server((host, port), family=family, backlog=512)
         except OSError:
             continue
+        # Inherited by connections. asyncio does it only for sockets of an explicit protocol, and this one has none:
+        # what takes two writes, or more than one segment, would wait 40 ms for the other side's delayed ACK.
+        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        return sock
     raise PlatformError(f"No port from {first} to {last} of {host} is free.", "pass other --direct-ports")
 
 
@@ -52,6 +56,7 @@ async def listen(app: ASGIApp, sock: socket.socket, tls: Tls | None, limits: Wir
     config = uvicorn.Config(
         app,
         log_config=None,
+        log_level="warning",  # at DEBUG it would log the headers of requests, and so keys
         access_log=False,
         lifespan="off",
         ws="websockets-sansio",
