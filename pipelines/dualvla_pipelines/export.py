@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import io
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from typing import Any, Literal
@@ -336,7 +336,7 @@ class PartExport:
         }
 
 
-def _episodes(table: pa.Table) -> Any:
+def _episodes(table: pa.Table) -> Iterator[list[dict[str, Any]]]:
     """The robot episodes of a part in order, each as its rows."""
     robot = table.filter(pc.equal(table["domain"], "robot"))
     codes = robot["episode_id"].combine_chunks().dictionary_encode().indices.to_numpy()

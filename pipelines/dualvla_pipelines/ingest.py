@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
@@ -182,7 +182,7 @@ class UnitIngest:
         """What is recorded of a unit that no worker survives."""
         return self._write(job, self.source.lost(job.unit, reason))
 
-    def _write(self, job: Job, episodes: Any) -> Tally:
+    def _write(self, job: Job, episodes: Iterable[Episode]) -> Tally:
         data = _PartWriter(storage.join(self.out, "data"), job.unit.index)
         quarantine = _PartWriter(storage.join(self.out, "quarantine"), job.unit.index)
         rows_in = steps_matched = steps_without = 0
@@ -359,7 +359,8 @@ class _PartWriter:
         self._tables, self._bytes = [], 0
 
 
-def _doubled(tallies: Any) -> frozenset[str]:
+def _doubled(tallies: Iterable[Tally]) -> frozenset[str]:
+    """Episode keys that fit more than one episode."""
     counts: Counter[str] = Counter()
     for tally in tallies:
         counts.update(tally.key_counts)

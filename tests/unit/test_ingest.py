@@ -254,6 +254,64 @@ def test_a_missing_video_and_a_missing_row_are_named(run: Run, tmp_path: Path) -
     assert "data/chunk-000/episode_000001.parquet' lacks this row" in reasons["src/000001"]
 
 
+def test_a_bad_timestamp_or_language_row_costs_its_episode(run: Run, tmp_path: Path) -> None:
+    write_lerobot_v21(tmp_path / "src", episodes=3, steps=6, cameras=1)
+    path = tmp_path / "src/data/chunk-000/episode_000000.parquet"
+    table = pq.read_table(path)
+    times = pa.array([0.0, None, 0.4, 0.6, 0.8, 1.0], type=pa.float32())
+    pq.write_table(table.set_column(table.schema.get_field_index("timestamp"), "timestamp", times), path)
+    path = tmp_path / "src/data/chunk-000/episode_000001.parquet"
+    table = pq.read_table(path)
+    said = [[{"role": "assistant", "content": "{", "style": "target_pixel", "camera": None}]] * 6
+    pq.write_table(table.append_column("language_events", pa.array(said)), path)
+    result = run(tmp_path / "src", tmp_path / "out", LEROBOT)
+    assert (result["episodes"], result["rows_in"], result["rows_quarantined"]) == (1, 18, 12)
+    reasons = {row["episode_id"]: row["reason"] for row in quarantine(tmp_path / "out")}
+    assert "a timestamp is not finite" in reasons["src/000000"]
+    assert "style 'target_pixel' is not JSON" in reasons["src/000001"]
+
+
+def test_plans_and_subtasks_of_others_become_reasoning(run: Run, tmp_path: Path) -> None:
+    write_lerobot_v21(tmp_path / "src", episodes=1, steps=4, fps=5, cameras=1)
+    path = tmp_path / "src/data/chunk-000/episode_000000.parquet"
+
+    def row(style: str, content: str, at_s: float) -> dict[str, Any]:
+        return {"role": "assistant", "content": content, "style": style, "timestamp": np.float32(at_s), "camera": None}
+
+    held = [
+        row("subtask", "reach", 0.0),
+        row("plan", "tidy", 0.2),
+        row("subtask", "grasp", 0.4),
+        row("motion", "up", 0.4),
+    ]
+    pq.write_table(pq.read_table(path).append_column("language_persistent", pa.array([held] * 4)), path)
+    run(tmp_path / "src", tmp_path / "out", LEROBOT)
+    found = [(r["reasoning"], r["motion_primitive"]) for r in rows(tmp_path / "out")]
+    assert found == [("reach", None), ("tidy\nreach", None), ("tidy\ngrasp", "up"), ("tidy\ngrasp", "up")]
+
+
+@pytest.mark.parametrize("what", ["episodes", "tasks", "features", "json"])
+def test_damaged_metadata_stop_the_job_and_are_named(tmp_path: Path, what: str) -> None:
+    write_lerobot_v21(tmp_path / "src", episodes=1, steps=4, cameras=0)
+    meta = tmp_path / "src/meta"
+    if what == "episodes":
+        (meta / "episodes.jsonl").write_text('{"episode_index": 0}')
+    elif what == "tasks":
+        (meta / "tasks.jsonl").unlink()
+    elif what == "features":
+        info = json.loads((meta / "info.json").read_text())
+        info["features"]["action"] = {}
+        (meta / "info.json").write_text(json.dumps(info))
+    else:
+        (meta / "info.json").write_text((meta / "info.json").read_text()[:-9])
+    message = {
+        "episodes": "have no 'length'", "tasks": r"tasks\.jsonl' does not exist", "features": "feature 'action'",
+        "json": r"info\.json' is not valid JSON",
+    }[what]  # fmt: skip
+    with pytest.raises(DataError, match=message):
+        ingest.ingest(str(tmp_path / "src"), str(tmp_path / "out"), LEROBOT)
+
+
 @pytest.mark.parametrize("version", ["v1.6", "v9.0", None])
 def test_another_version_is_refused_by_name(tmp_path: Path, version: str | None) -> None:
     write_lerobot_v3(tmp_path / "src", files=1, episodes=1, cameras=0)

@@ -27,14 +27,14 @@ _WIDTH = {
     "quaternion_wxyz": 4,
     "rotation_vector": 3,
 }
-_SLICE = re.compile(r"^(?P<column>[^\[\]]+)(?:\[(?P<start>\d*):(?P<stop>\d*)\])?$")
+_SLICE = re.compile(r"^(?P<column>[^\[\]]+)(?:\[(?P<start>-?\d*):(?P<stop>\d*)\])?$")
 _FRACTAL_TRIGGER = 0.1  # of a relative gripper command: what lies below it means "stay"
 _DECIDED = 0.05  # of a gripper command in [0, 1]: nearer to 0 or 1 than this is a decision, the rest is on its way
 
 
 @dataclass(frozen=True)
 class Arm:
-    """Where one arm's numbers lie: "column" or "column[start:stop]"."""
+    """Where one arm's numbers lie: "column" or "column[start:stop]"; a negative start counts from the end."""
 
     position: str
     rotation: str
@@ -103,7 +103,7 @@ def _state_arm(state: str, rotation: int, gripper: str, action: str = "action") 
 # Open-X bridge (protocols: first step dropped, gripper binarised, actions relabelled from reached poses).
 BRIDGE_RLDS = Convention(
     name="bridge",
-    arms=(_state_arm("observation/state", 3, "observation/state[6:7]"),),
+    arms=(_state_arm("observation/state", 3, "observation/state[-1:]"),),
     cameras={"observation/image_0": "image_0"},
     instruction="language_instruction",
     control_hz=5.0,
@@ -205,8 +205,10 @@ def column(columns: Mapping[str, np.ndarray], spec: str) -> np.ndarray:
     values = values.reshape(len(values), -1)
     if match["start"] is None:
         return values
-    start, stop = int(match["start"] or 0), int(match["stop"] or values.shape[1])
-    if stop > values.shape[1] or start >= stop:
+    width = values.shape[1]
+    start, stop = int(match["start"] or 0), int(match["stop"] or width)
+    start += width if start < 0 else 0
+    if not 0 <= start < stop <= width:
         raise DataError(
             f"'{spec}' asks for more than the {values.shape[1]} numbers of '{name}'.", "correct the convention"
         )

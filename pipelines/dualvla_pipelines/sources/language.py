@@ -14,6 +14,8 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
+from dualvla.errors import DataError
+
 PERSISTENT, EVENTS = "language_persistent", "language_events"
 COLUMNS = (PERSISTENT, EVENTS)
 FEATURES = {name: {"dtype": "language", "shape": [1], "names": None} for name in COLUMNS}
@@ -64,6 +66,7 @@ def read(table: pa.Table, timestamps_s: np.ndarray, labelled: bool) -> dict[str,
     """Step columns of one episode: reasoning, motion_primitive, events, targets, and labels if it is `labelled`.
 
     Reasoning is style `reasoning`, else the plan and subtask that hold at the frame.
+    Raises: DataError if what should be JSON is not.
     """
     if not set(COLUMNS) & set(table.column_names):
         return {}
@@ -83,8 +86,15 @@ def read(table: pa.Table, timestamps_s: np.ndarray, labelled: bool) -> dict[str,
         found["events"].append([row["content"] for row in here if row["style"] == _EVENT])
         for row in here:
             if row["style"] in extra:
-                extra[row["style"]][step] = json.loads(row["content"])
+                extra[row["style"]][step] = _from_json(row["style"], row["content"])
     return found | extra
+
+
+def _from_json(style: str, content: str | None) -> Any:
+    try:
+        return json.loads(content or "null")
+    except json.JSONDecodeError as error:
+        raise DataError(f"A language row of style '{style}' is not JSON: {error}.", "repair the source") from error
 
 
 def _active(rows: Sequence[Mapping[str, Any]], time_s: float) -> dict[str, str | None]:

@@ -28,6 +28,7 @@ VERSIONS = ("v2.0", "v2.1", "v3.0")
 _FRAMES_PER_UNIT = 2048
 _TOLERANCE = 0.25  # of a frame period, between a row's timestamp and its video frame
 _INDEX_COLUMNS = ("timestamp", "frame_index", "episode_index", "index", "task_index")
+_INDICES_V3 = ("data/chunk_index", "data/file_index")
 _DAMAGE = (pa.ArrowInvalid, OSError)
 # Facts of an episode that `dualvla export` adds to meta/episodes; `file_path` and `episode_id` are taken from anyone.
 OWN_FACTS = {"episode_id": "dualvla/episode_id", "task": "dualvla/task", "split": "dualvla/split"}
@@ -64,9 +65,12 @@ class LeRobotSource:
         lacking = {"fps", "features", "data_path"} - set(info)
         if lacking:
             raise DataError(f"'{folder}/meta/info.json' has no '{sorted(lacking)[0]}'.", "repair the data set")
+        features = info["features"]
+        for name, feature in features.items():
+            if not {"dtype", "shape"} <= set(feature):
+                raise DataError(f"'{folder}/meta/info.json': feature '{name}' has no dtype or shape.", "repair it")
         read = _read_meta_v3 if version == "v3.0" else _read_meta_v2
         episodes, tasks = read(folder)
-        features = info["features"]
         found = conventions.load(convention, CONVENTIONS, _recognise(features), overrides)
         _refuse_misfit(found, features)
         cameras = {
@@ -127,10 +131,11 @@ class LeRobotSource:
         return self.episodes_meta.slice(position, 1).to_pylist()[0]
 
     def episodes(self, unit: Unit) -> Iterator[Episode]:
+        reader = _EpisodeReader()
         for row in self._rows(unit):
             url = self._data_url(row)
             try:
-                table = _read_episode(url, row["episode_index"])
+                table = reader.read(url, row["episode_index"])
             except DataError as error:
                 yield self._all_lost(row, error.message, {self._short(url): error.message})
                 continue
@@ -206,6 +211,8 @@ class LeRobotSource:
             start_s = row.get(f"videos/{key}/from_timestamp", 0.0)
             images[name] = []
             short = self._short(videos[key])
+            if not np.isfinite(timestamps).all():
+                raise DataError("a timestamp is not finite: nobody knows the frames of this episode")
             for step, frame in enumerate(self._frames(videos[key], timestamps + start_s)):
                 if isinstance(frame, str):
                     images[name].append(None)
@@ -326,7 +333,7 @@ def _read_meta_v3(folder: str) -> tuple[pa.Table, dict[int, str]]:
     if text is None or "task_index" not in table.column_names:
         raise DataError(f"'{folder}/meta/tasks.parquet' has no task texts.", "fetch the folder again")
     tasks = dict(zip(table["task_index"].to_pylist(), table[text].to_pylist(), strict=True))
-    return pa.concat_tables(parts, promote_options="default").sort_by("episode_index"), tasks
+    return _sorted(folder, pa.concat_tables(parts, promote_options="default"), _INDICES_V3), tasks
 
 
 def _read_meta_v2(folder: str) -> tuple[pa.Table, dict[int, str]]:
@@ -334,10 +341,16 @@ def _read_meta_v2(folder: str) -> tuple[pa.Table, dict[int, str]]:
     tasks = _json_lines(storage.join(folder, "meta", "tasks.jsonl"))
     if not episodes:
         raise DataError(f"'{folder}/meta/episodes.jsonl' holds no episodes.", "fetch the folder again")
-    return (
-        pa.Table.from_pylist(episodes).sort_by("episode_index"),
-        {row["task_index"]: row["task"] for row in tasks},
-    )
+    if not all({"task_index", "task"} <= set(row) for row in tasks):
+        raise DataError(f"'{folder}/meta/tasks.jsonl' has no task texts.", "fetch the folder again")
+    return _sorted(folder, pa.Table.from_pylist(episodes), ()), {row["task_index"]: row["task"] for row in tasks}
+
+
+def _sorted(folder: str, episodes: pa.Table, needed: Sequence[str]) -> pa.Table:
+    lacking = sorted({"episode_index", "length", *needed} - set(episodes.column_names))
+    if lacking:
+        raise DataError(f"The episodes of '{folder}/meta' have no '{lacking[0]}'.", "repair the data set")
+    return episodes.sort_by("episode_index")
 
 
 def _json(url: str) -> dict[str, Any]:
@@ -361,22 +374,39 @@ def _parquet(url: str, file: Any) -> pq.ParquetFile:
         raise DataError(f"'{url}' is not a readable parquet file: {error}.", "fetch it again") from error
 
 
-def _read_episode(url: str, episode_index: int) -> pa.Table:
-    """The rows of one episode, in frame order; only the row groups that may hold them are read."""
-    with storage.open_reader(url) as content:
-        file = pq.ParquetFile(content)
-        leaves = [file.schema.column(i).path for i in range(len(file.schema))]
-        if "episode_index" not in leaves:
-            raise DataError(f"'{url}' has no column 'episode_index'.", "repair the data set")
-        groups = []
-        for group in range(file.num_row_groups):
-            statistics = file.metadata.row_group(group).column(leaves.index("episode_index")).statistics
-            known = statistics is not None and statistics.has_min_max
-            if not known or statistics.min <= episode_index <= statistics.max:
-                groups.append(group)
-        table = file.read_row_groups(groups)
-    table = table.filter(pc.equal(table["episode_index"], episode_index))
-    return table.sort_by("frame_index") if "frame_index" in table.column_names else table
+class _EpisodeReader:
+    """Reads the rows of one episode after the other, and of a file only the row groups that may hold them.
+
+    What was read last is held: where a row group holds many episodes it is read once, not once for each.
+    """
+
+    def __init__(self) -> None:
+        self._held: tuple[str, list[int]] | None = None
+        self._table: pa.Table | None = None
+
+    def read(self, url: str, episode_index: int) -> pa.Table:
+        """In frame order. Raises: DataError, ArrowInvalid or OSError if the file is missing or damaged."""
+        with storage.open_reader(url) as content:
+            file = pq.ParquetFile(content)
+            groups = _row_groups(url, file, episode_index)
+            if self._table is None or self._held != (url, groups):
+                self._table, self._held = file.read_row_groups(groups), (url, groups)
+        table = self._table.filter(pc.equal(self._table["episode_index"], episode_index))
+        return table.sort_by("frame_index") if "frame_index" in table.column_names else table
+
+
+def _row_groups(url: str, file: pq.ParquetFile, episode_index: int) -> list[int]:
+    """Those that may hold rows of the episode."""
+    leaves = [file.schema.column(i).path for i in range(len(file.schema))]
+    if "episode_index" not in leaves:
+        raise DataError(f"'{url}' has no column 'episode_index'.", "repair the data set")
+    groups = []
+    for group in range(file.num_row_groups):
+        statistics = file.metadata.row_group(group).column(leaves.index("episode_index")).statistics
+        known = statistics is not None and statistics.has_min_max
+        if not known or statistics.min <= episode_index <= statistics.max:
+            groups.append(group)
+    return groups
 
 
 def _is_numeric(kind: pa.DataType) -> bool:
