@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import hashlib
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,7 +17,7 @@ import pyarrow.compute as pc
 
 from dualvla.errors import DataError
 from dualvla.io.dataset import decode_image
-from dualvla.pruning import POSE_DIMS, SceneEventDetector, action_labels_ragged, combine
+from dualvla.pruning import POSE_DIMS, SceneEventDetector, action_labels_ragged, combine, statistics
 from dualvla.schema import DOMAINS, step_schema
 
 _COLUMNS = step_schema().names
@@ -26,8 +26,6 @@ TALLIED = ("episode_id", "domain", "task", "reasoning", *_LABELS)  # what `tally
 TALLIED_BAD = ("episode_id", "domain", "reason")  # and of the quarantined ones
 _FINITE = ("ee_pose", "gripper", "proprio", "action")
 _DECODED_BYTES = 64 << 20  # whole episodes are decoded until they fill this: bounds memory, whatever the size of a part
-_WORD = r"\S+"
-_TOKEN = r"[\pL\pN_]+|[^\s\v\x1c-\x1f\x85\pZ\pL\pN_]"  # as `dualvla.pruning.statistics.tokens` splits
 
 
 @dataclass(frozen=True)
@@ -124,7 +122,7 @@ def tally(good: pa.Table, bad: pa.Table | None) -> dict[str, Any]:
     """
     robot = good.select(TALLIED).filter(_is(good, "domain", "robot"))
     keep = pc.cast(robot["keep_reasoning"], pa.int64())
-    words, tokens = _count(robot["reasoning"], _WORD), _count(robot["reasoning"], _TOKEN)
+    words, tokens = (_count(robot["reasoning"], split) for split in (str.split, statistics.tokens))
     columns = {
         "frames": pa.array(np.ones(len(robot), dtype=np.int64)),
         "scene_frames": pc.fill_null(pc.cast(robot["scene_label"], pa.int64()), 0),
@@ -184,11 +182,11 @@ def _names(table: pa.Table, robots_only: bool = False) -> list[str]:
     return ids.drop_null().unique().to_pylist()
 
 
-def _count(texts: pa.ChunkedArray, pattern: str) -> pa.Array:
-    """Matches in each text, int64, 0 for null. Each different text is counted once: most repeat."""
-    distinct = texts.combine_chunks().dictionary_encode()
-    counts = pc.cast(pc.count_substring_regex(distinct.dictionary, pattern), pa.int64())
-    return pc.fill_null(counts.take(distinct.indices), 0)
+def _count(texts: pa.ChunkedArray, split: Callable[[str], list[str]]) -> pa.Array:
+    """Into how many each text splits, int64, 0 for null. Each different text is split once: most repeat."""
+    encoded = texts.combine_chunks().dictionary_encode()
+    counts = pa.array([len(split(text)) for text in encoded.dictionary.to_pylist()], type=pa.int64())
+    return pc.fill_null(counts.take(encoded.indices), 0)
 
 
 def _step_columns(table: pa.Table) -> pa.Table:
