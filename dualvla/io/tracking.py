@@ -3,7 +3,7 @@
     with open_tracker("tensorboard:runs/tb", run="tiny") as tracker:
         tracker.log({"loss": 0.5}, step=10)
 
-A setting is `tensorboard:FOLDER`, `wandb:PROJECT` or `mlflow:URI` (a folder or a server, `mlflow:sqlite:///runs.db`).
+A setting is `tensorboard:FOLDER`, `wandb:PROJECT` or `mlflow:URI` (a server, or a file as in `mlflow:sqlite:///runs.db`).
 The package behind it is imported when it is named, and only then. Knows nothing of what the figures mean.
 """
 
@@ -105,7 +105,7 @@ class MLflow(_Tracker):
     _EXPERIMENT = "dualvla"
 
     def __init__(self, uri: str, run: str):
-        tracking = _load("mlflow.tracking", "mlflow-skinny", "mlflow")
+        tracking = _load("mlflow.tracking", "mlflow")
         self._client = tracking.MlflowClient(tracking_uri=uri)
         found = self._client.get_experiment_by_name(self._EXPERIMENT)
         experiment: Any = found.experiment_id if found else self._client.create_experiment(self._EXPERIMENT)
@@ -127,11 +127,10 @@ _TRACKERS: dict[str, type[TensorBoard] | type[Wandb] | type[MLflow]] = {
 _WHERE = {"tensorboard": "FOLDER", "wandb": "PROJECT", "mlflow": "URI"}
 
 
-def _load(module: str, package: str, *alternatives: str) -> ModuleType:
+def _load(module: str, package: str) -> ModuleType:
     try:
         return importlib.import_module(module)
     except ModuleNotFoundError as error:
         if error.name != module.split(".")[0]:
             raise  # the package is there, and lacks something of its own
-        names = " or ".join(f"pip install {name!r}" for name in (package, *alternatives))
-        raise PlatformError(f"This tracker needs the package '{error.name}'.", names) from error
+        raise PlatformError(f"This tracker needs the package '{error.name}'.", f"pip install '{package}'") from error

@@ -60,6 +60,24 @@ def write_checkpoint(folder):
     manifest.finish(str(folder), "checkpoint", {}, {})
 
 
+def write_pruned(folder):
+    """A pruned data set with its own report, as `dualvla prune` leaves them."""
+    counts = {"frames": 200, "kept_frames": 50, "words_before": 900, "words_after": 180}
+    manifest.begin(str(folder), "dataset", {}, {})
+    manifest.finish(str(folder), "dataset", {}, {}, mode="both", tasks={"touch": counts})
+    text = {"texts": 10, "tokens": 90, "distinct_texts": 4, "repeats_previous": 0.5, "repeats_in_episode": 0.6}
+    text["entropy_bits"] = {"1": 3.5}
+    shown = {"file": "timeline-00.png", "episode_id": "e7", "task": "touch", "instruction": EVIL, "frames": 9}
+    report = {
+        "text": {"episodes": 3, "all": text, "kept": text, "random": text},
+        "events": {"count": 8, "tolerance": 0.05, "kept_share": 0.75, "random_share": 0.5},
+        "timelines": [{**shown, "kept_frames": 3, "steps": []}],
+    }
+    (folder / "report").mkdir()
+    (folder / "report" / "report.json").write_text(json.dumps(report))
+    (folder / "report" / "timeline-00.png").write_bytes(b"a picture")
+
+
 class Links(HTMLParser):
     """Everything that an HTML page would load or lead to."""
 
@@ -99,6 +117,40 @@ def test_every_file_a_page_names_is_there_and_none_is_fetched_from_elsewhere(tmp
         for link in Links(page.read_text()).found:
             name = link.split("#")[0]
             assert name in ("", "data:,") or (site.folder / name).is_file(), f"{page.name}: {link}"
+
+
+def test_pruning_shows_what_it_kept_and_its_own_pictures(tmp_path, site):
+    (tmp_path / "run" / "pruned").mkdir(parents=True)
+    write_pruned(tmp_path / "run" / "pruned")
+    site.make()
+    kept = site.table("pruning-pruned")["touch"]
+    assert (kept["kept_frames_share"]["value"], kept["words_after_share"]["value"]) == (25, 20)
+    texts = site.table("pruning-texts-pruned")
+    assert texts["entropy of 1-grams, bits"]["random"]["value"] == 3.5
+    assert texts["share of 8 events with such a frame near"]["all"] is None
+    assert (site.folder / "pruning" / "pruned-00.png").read_bytes() == b"a picture"
+    assert "pruning/pruned-00.png" in Links(site.read("training.html")).found
+    assert EVIL not in site.read("training.html")
+
+
+def test_what_a_judge_check_found_is_shown(tmp_path, site):
+    folder = tmp_path / "run" / "check"
+    folder.mkdir(parents=True)
+    manifest.begin(str(folder), "judge_eval", {}, {})
+    fall = {"perturbation": "jitter", "dimension": "A", "n": 100, "change": -2.5, "low": -3.0, "high": -2.0}
+    agreement = {
+        "source": "people.json",
+        "synthetic": True,
+        "raters": 1,
+        "dimensions": {"A": {"n": 9, "spearman": 0.8}},
+    }
+    check = {"judge": "rubric-2", "n": 100, "sensitivity": [{**fall, "verdict": "falls"}], "agreement": agreement}
+    (folder / "judge_eval.json").write_text(json.dumps(check))
+    manifest.finish(str(folder), "judge_eval", {}, {})
+    site.make()
+    assert site.table("sensitivity-rubric-2")["jitter"]["change"]["high"] == -2.0
+    assert site.table("agreement-rubric-2")["A"]["with"] == "people (synthetic marks)"
+    assert "Sensitivity of judge rubric-2" in site.read("index.html")
 
 
 def test_what_a_policy_says_stays_text(evaluate, site):
@@ -197,3 +249,31 @@ def test_folders_without_anything_to_show_are_refused(tmp_path):
         write_report([str(tmp_path / "nowhere")], str(tmp_path / "report"))
     with pytest.raises(DataError, match="no finished folder"):
         write_report([str(tmp_path)], str(tmp_path / "report"))
+
+
+def test_the_same_figures_reach_a_tracker(tmp_path, evaluate, monkeypatch):
+    from dualvla_eval.report import track as tracking
+
+    sent = {}
+
+    class Memory:
+        def __init__(self, run):
+            self.figures = sent.setdefault(run, {})
+
+        def __enter__(self):
+            return self
+
+        def __exit__(self, *_):
+            pass
+
+        def log(self, figures, step=0):
+            self.figures |= {(name, step): value for name, value in figures.items()}
+
+    monkeypatch.setattr(tracking, "open_tracker", lambda setting, run: Memory(run))
+    score_folder(evaluate("mine", FakePolicy()), get_judge("rubric"))
+    write_checkpoint(tmp_path / "run" / "mine-checkpoint")
+    result = write_report([str(tmp_path / "run")], str(tmp_path / "report"), track=["memory:x"])
+    assert result["tracked"] == {"memory:x": ["mine-checkpoint", "mine"]}
+    exported = json.loads((tmp_path / "report" / "tables" / "leaderboard-fake.json").read_text())["rows"][0]
+    assert sent["mine"]["leaderboard-fake/score", 0] == exported["score"]["value"]
+    assert sent["mine-checkpoint"]["train/flow", 399] == pytest.approx(0.5 / 399)

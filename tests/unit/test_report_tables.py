@@ -133,7 +133,7 @@ def checkpoint(name, stage="dual", kd=0.15, data="d-both", teacher=True):
     return Checkpoint(name, about, f"c-{name}", ())
 
 
-PRUNED = [Pruned(mode, mode, {}, f"d-{mode}", None) for mode in ("both", "scene", "action", "random", "none")]
+PRUNED = [Pruned(mode, mode, mode, {}, f"d-{mode}", None) for mode in ("both", "scene", "action", "random", "none")]
 
 
 @pytest.mark.parametrize(

@@ -21,10 +21,11 @@ from dualvla_eval import results
 from dualvla_eval.score import SCORES, VLA_SCORE
 
 JUDGE_EVAL = "judge_eval"
+PRUNING_REPORT = "report"  # folder of a pruned data set that shows what was kept
 
 _DEPTH = 2  # levels below a given folder that are searched for manifests
 _METRICS = "metrics.jsonl"
-_PRUNING_REPORT = ("report", "report.json")
+_PRUNING_REPORT = (PRUNING_REPORT, "report.json")
 _FIRST = {"random": 0, "expert": 1}  # the yardsticks stand before the policies
 # What scores.parquet holds in every version; later versions add `_SCORE_EXTRAS`.
 _SCORE_COLUMNS = ("A", "I", "R", "RA", "score", "unjudged", "without_reasoning", "explanation")
@@ -122,12 +123,13 @@ class Checkpoint:
 
 @dataclass(frozen=True)
 class Pruned:
-    """What pruning kept. tasks: task -> frames, kept_frames, words_before, words_after. report: its own report, if any.
+    """What pruning kept. tasks: task -> counts of frames, words and tokens. digest: of its manifest.
 
-    digest: of its manifest.
+    report: report.json of its own report in `folder`/report, None if it has none.
     """
 
     name: str
+    folder: str
     mode: str
     tasks: Mapping[str, Mapping[str, Any]]
     digest: str
@@ -216,7 +218,7 @@ def _add(found: Gathered, folder: str, about: Mapping[str, Any]) -> bool:
         digest = manifest.file_digest(storage.join(folder, manifest.NAME))
         report = storage.join(folder, *_PRUNING_REPORT)
         read = results.read_json(report) if storage.exists(report) else None
-        found.pruned.append(Pruned(_name(folder), about["mode"], about["tasks"], digest, read))
+        found.pruned.append(Pruned(_name(folder), folder, about["mode"], about["tasks"], digest, read))
     elif kind == JUDGE_EVAL:
         found.judge_checks.append(results.read_json(storage.join(folder, f"{JUDGE_EVAL}.json")))
     else:

@@ -14,7 +14,7 @@ COLORS = 12  # .c0 to .c11 of the style sheet
 
 _WIDTH, _LEFT, _RIGHT = 640, 150, 56
 _ROW, _GAP, _TOP, _AXIS = 20, 12, 6, 24
-_RADAR_W, _RADAR_H, _RADIUS_PX = 224, 204, 66
+_RADAR_W, _RADAR_H, _RADIUS_PX = 250, 196, 64
 _CURVE_W, _CURVE_H = 250, 130
 _POINTS = 150  # drawn of a curve
 
@@ -96,14 +96,14 @@ def radar(title: str, values: Mapping[str, float | None], color: int, top: float
     marks = [f'<polygon points="{polygon([(i, level / 4) for i in range(count)])}" class="grid"/>' for level in
              (1, 2, 3, 4)]  # fmt: skip
     for i, (name, value) in enumerate(values.items()):
-        (x, y), (tx, ty) = at(i, 1), at(i, 1.28)
+        (x, y), (tx, ty) = at(i, 1), at(i, 1.15)
+        side = "" if abs(tx - centre_x) < 9 else " left" if tx < centre_x else " right"
+        shown = "no text" if value is None else f"{value:.0f}"
+        shift = -8 if ty < centre_y - 9 and not side else 6
         marks.append(
             f'<path d="M{centre_x:g} {centre_y:g}L{x:.1f} {y:.1f}" class="grid{"" if value is not None else " none"}"/>'
-        )
-        shown = "no text" if value is None else f"{value:.0f}"
-        marks.append(
-            f'<text x="{tx:.1f}" y="{ty - 1:.1f}" class="axis">{escape(name)}</text>'
-            f'<text x="{tx:.1f}" y="{ty + 12:.1f}" class="tick">{shown}</text>'
+            f'<text x="{tx:.1f}" y="{ty + shift:.1f}" class="axis{side}">{escape(name)} '
+            f'<tspan class="tick">{shown}</tspan></text>'
         )
     known = [(i, min(max(v / top, 0.0), 1.0)) for i, v in enumerate(values.values()) if v is not None]
     marks.append(f'<polygon points="{polygon(known)}" class="area f{color % COLORS} s{color % COLORS}"/>')

@@ -14,7 +14,7 @@ from typing import Any
 import dualvla
 from dualvla import console
 from dualvla.io import manifest, storage
-from dualvla_eval.report import pages, rollouts
+from dualvla_eval.report import pages, rollouts, training
 from dualvla_eval.report import track as tracking
 from dualvla_eval.report.exports import FORMATS
 from dualvla_eval.report.gather import Episode, Gathered, gather
@@ -42,6 +42,8 @@ def write_report(folders: Sequence[str], out: str, *, track: Sequence[str] = ())
     if not manifest.begin(out, KIND, config, gathered.inputs):
         return {**result, "skipped": True}
     _write_rollouts(gathered, out)
+    for picture in (t for data in gathered.pruned for t in training.timelines(data)):
+        storage.write_bytes(storage.join(out, picture["file"]), storage.read_bytes(picture["source"]))
     for name in _STATIC:
         storage.write_bytes(storage.join(out, name), _static(name).encode())
     made = pages.pages(gathered)

@@ -76,10 +76,12 @@ class List {
     this.draw();
   }
 
+  /** Scrolls as little as needed; to the middle for a row that was far away. */
   reveal(at) {
-    const [top, height] = [at * ROW_PX, this.node.clientHeight];
-    if (top < this.node.scrollTop) this.node.scrollTop = top;
-    else if (top + ROW_PX > this.node.scrollTop + height) this.node.scrollTop = top + ROW_PX - height;
+    const [top, height, now] = [at * ROW_PX, this.node.clientHeight, this.node.scrollTop];
+    if (top >= now && top + ROW_PX <= now + height) return;
+    if (top < now - height || top > now + 2 * height) this.node.scrollTop = top - height / 2;
+    else this.node.scrollTop = top < now ? top : top + ROW_PX - height;
   }
 
   draw() {

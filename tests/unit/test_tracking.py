@@ -1,0 +1,78 @@
+"""Trackers: what is logged is read back from real files, and what is missing or misspelt is named."""
+
+import math
+import struct
+
+import pytest
+
+from dualvla.errors import PlatformError, UsageError
+from dualvla.io import tracking
+from dualvla.io.tracking import open_tracker
+
+
+def scalars(folder):
+    """{(name, step): value} of the event files of a TensorBoard folder, read by their format: framed protobufs."""
+    from tensorboardX.proto.event_pb2 import Event
+
+    found = {}
+    for file in folder.glob("events.*"):
+        data, at = file.read_bytes(), 0
+        while at < len(data):
+            (size,) = struct.unpack_from("<Q", data, at)
+            event = Event.FromString(data[at + 12 : at + 12 + size])  # between the checksums of length and content
+            found |= {(v.tag, event.step): v.simple_value for v in event.summary.value}
+            at += 16 + size
+    return found
+
+
+def test_tensorboard_holds_every_figure_at_its_step(tmp_path):
+    with open_tracker(f"tensorboard:{tmp_path}", "tiny") as tracker:
+        tracker.log({"train/loss": 0.5, "R": 79.0}, step=10)
+        tracker.log({"train/loss": 0.25}, step=20)
+    assert scalars(tmp_path / "tiny") == {("train/loss", 10): 0.5, ("R", 10): 79.0, ("train/loss", 20): 0.25}
+
+
+def test_what_is_not_finite_is_left_out(tmp_path):
+    with open_tracker(f"tensorboard:{tmp_path}", "tiny") as tracker:
+        tracker.log({"a": math.nan, "b": math.inf, "c": 1.0})
+    assert scalars(tmp_path / "tiny") == {("c", 0): 1.0}
+
+
+def test_mlflow_reads_back_what_was_logged_even_under_names_it_refuses(tmp_path):
+    mlflow = pytest.importorskip("mlflow.tracking", reason="mlflow is not installed")
+    uri = f"sqlite:///{tmp_path}/runs.db"
+    with open_tracker(f"mlflow:{uri}", "tiny") as tracker:
+        tracker.log({"success/specialist+blank": 5.0}, step=3)
+    client = mlflow.MlflowClient(uri)
+    (run,) = client.search_runs([client.get_experiment_by_name("dualvla").experiment_id])
+    assert run.info.run_name == "tiny"
+    (metric,) = client.get_metric_history(run.info.run_id, "success/specialist_blank")
+    assert (metric.step, metric.value) == (3, 5.0)
+
+
+def test_wandb_keeps_an_offline_run(tmp_path, monkeypatch):
+    pytest.importorskip("wandb", reason="wandb is not installed")
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    monkeypatch.setenv("WANDB_DIR", str(tmp_path))
+    with open_tracker("wandb:dualvla", "tiny") as tracker:
+        tracker.log({"train/loss": 0.5}, step=10)
+    (file,) = tmp_path.glob("wandb/offline-run-*/run-*.wandb")
+    assert b"train/loss" in file.read_bytes()
+
+
+def test_a_tracker_that_is_not_installed_names_its_package(monkeypatch):
+    def missing(name):
+        raise ModuleNotFoundError(name=name.split(".")[0])
+
+    monkeypatch.setattr(tracking.importlib, "import_module", missing)
+    for setting, package in (("tensorboard:x", r"dualvla\[track\]"), ("wandb:x", "wandb"), ("mlflow:x", "mlflow")):
+        with pytest.raises(PlatformError, match=f"pip install '{package}"):
+            open_tracker(setting, "tiny")
+
+
+@pytest.mark.parametrize(
+    ("setting", "fix"), [("tensorbord:x", "did you mean 'tensorboard'"), ("wandb", "write wandb:PROJECT")]
+)
+def test_a_setting_that_is_none_is_explained(setting, fix):
+    with pytest.raises(UsageError, match=fix):
+        open_tracker(setting, "tiny")
