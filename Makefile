@@ -33,8 +33,9 @@ test: lint ## lint, then the tests that take seconds
 test-slow: install ## faults, parity, whole suites
 	$(BIN)/pytest -m slow --durations=15
 
-soak: install ## the slow tests with ten random seeds in place of two
+soak: install ## ten minutes of robots at one endpoint, then the slow tests with ten random seeds in place of two
+	$(BIN)/python benchmarks/soak.py --out benchmarks/results/soak.json
 	$(BIN)/pytest -m slow --fault-seeds 10
 
 bench: install ## every benchmark, one after the other
-	@for benchmark in benchmarks/*.py; do echo "== $$benchmark"; $(BIN)/python $$benchmark || exit 1; done
+	@for benchmark in $(filter-out benchmarks/soak.py,$(wildcard benchmarks/*.py)); do echo "== $$benchmark"; $(BIN)/python $$benchmark || exit 1; done

@@ -17,7 +17,6 @@ from dualvla.errors import PlatformError
 from dualvla.wire.openpi import WireLimits
 from dualvla_serve.config import Tls
 
-_PING_S = 20.0  # a half-open connection is found out after two of these
 _GRACE_S = 2
 
 
@@ -48,8 +47,12 @@ def bind(host: str, first: int, last: int) -> socket.socket:
     raise PlatformError(f"No port from {first} to {last} of {host} is free.", "pass other --direct-ports")
 
 
-async def listen(app: ASGIApp, sock: socket.socket, tls: Tls | None, limits: WireLimits) -> Listener:
+async def listen(
+    app: ASGIApp, sock: socket.socket, tls: Tls | None, limits: WireLimits, ping_s: float = 20.0
+) -> Listener:
     """Serves in the running event loop until closed; returns once it accepts connections.
+
+    ping_s: a connection whose other end has gone without a word is found out after two of these.
 
     Raises: PlatformError if the TLS files cannot be used.
     """
@@ -62,8 +65,8 @@ async def listen(app: ASGIApp, sock: socket.socket, tls: Tls | None, limits: Wir
         ws="websockets-sansio",
         ws_max_size=2
         * limits.max_message_bytes,  # a message over the limit is answered; one far over it cuts the connection
-        ws_ping_interval=_PING_S,
-        ws_ping_timeout=_PING_S,
+        ws_ping_interval=ping_s,
+        ws_ping_timeout=ping_s,
         ws_per_message_deflate=False,  # images are the bulk, and deflate costs more time than it saves
         server_header=False,
         timeout_graceful_shutdown=_GRACE_S,
