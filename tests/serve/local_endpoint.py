@@ -28,7 +28,15 @@ class LocalEndpoint:
     `ask` runs a coroutine in the event loop, which is one for all replicas of a hub.
     """
 
-    def __init__(self, config: EndpointConfig, models: dict[str, ModelSource], beside: LocalEndpoint | None, name: str):
+    def __init__(
+        self,
+        config: EndpointConfig,
+        models: dict[str, ModelSource],
+        beside: LocalEndpoint | None,
+        name: str,
+        ping_s: float,
+    ):
+        self.ping_s = ping_s
         self.config, self.name = config, name
         self.models = models
         self.address = ""
@@ -63,7 +71,9 @@ class LocalEndpoint:
             from dualvla_serve.status_page import page
         keys = KeyFile(config.keys_file) if config.keys_file else None
         app = create_app(self.replica, keys.identify if keys else None, page)
-        self.listener = await listen(app, bind(config.host, config.port, config.port), config.tls, config.wire)
+        self.listener = await listen(
+            app, bind(config.host, config.port, config.port), config.tls, config.wire, self.ping_s
+        )
         self.address = f"{config.host}:{self.listener.port}"
         self.replica.listener = f"ws://{self.address}"
         await self.replica.start(self.models)
@@ -86,11 +96,12 @@ def endpoint(
     models: dict[str, ModelSource] | None = None,
     beside: LocalEndpoint | None = None,
     name: str = "local",
+    ping_s: float = 20.0,
     **changes: Any,
 ) -> LocalEndpoint:
     """changes: fields of EndpointConfig; the port is any free one, and actions are not limited, unless they say so."""
     config = EndpointConfig(**{"port": 0, "embodiment": "unlimited", **changes})
-    return LocalEndpoint(config, models or {"policy": ModelSource(loader, "1")}, beside, name)
+    return LocalEndpoint(config, models or {"policy": ModelSource(loader, "1")}, beside, name, ping_s)
 
 
 @contextlib.contextmanager
