@@ -66,12 +66,15 @@ class DDMConfig:
     def window(self) -> int:
         return 2 * self.half_window + 1
 
-    def __post_init__(self) -> None:
+    def check(self) -> None:
+        """Raises: UsageError if the sizes do not fit each other (options are set one by one, so not at once)."""
         if len(self.widths) != len(self.depths) or not 1 <= self.levels <= len(self.widths):
             raise UsageError(
                 f"{len(self.widths)} widths, {len(self.depths)} depths and {self.levels} levels do not fit.",
                 "give a width and a depth for each stage, and at most as many levels as stages",
             )
+        if self.dim % self.heads:
+            raise UsageError(f"dim {self.dim} is no multiple of heads {self.heads}.", "change one of them")
         if min(self.half_window, self.frame_step, self.grid, self.image_size // 16) < 1:
             raise UsageError("half_window, frame_step and grid must be 1 or more, image_size 16 or more.")
 
@@ -81,6 +84,7 @@ class DDMNet(nn.Module):
 
     def __init__(self, config: DDMConfig):
         super().__init__()
+        config.check()
         self.config = config
         sizes: dict[str, Any] = {"hidden_sizes": list(config.widths), "depths": list(config.depths)}
         self.resnet = ResNetModel(ResNetConfig(embedding_size=config.stem, layer_type=config.layer, **sizes))

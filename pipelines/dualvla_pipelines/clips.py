@@ -56,16 +56,21 @@ class BoundaryRule:
 
 @dataclass(frozen=True)
 class Shares:
-    """Which episodes are held out, by a hash of their name: no list to keep, and the same whatever else is there."""
+    """How many of the episodes are held out: to choose the threshold on, and for `detector eval`."""
 
     validation: float = 0.15
     test: float = 0.15
 
-    def split_of(self, episode_id: str) -> Split:
-        place = int.from_bytes(hashlib.sha256(episode_id.encode()).digest()[:8], "big") / 2**64
-        if place < self.test:
-            return "test"
-        return "validation" if place < self.test + self.validation else "train"
+    def split(self, episode_ids: Sequence[str]) -> list[Split]:
+        """Which share each episode belongs to: exact numbers, chosen by a hash of the names and not by their order."""
+        ranked = sorted(episode_ids, key=lambda name: hashlib.sha256(name.encode()).digest())
+        test = round(self.test * len(ranked))
+        held_out = test + round(self.validation * len(ranked))
+        place = {name: i for i, name in enumerate(ranked)}
+        return [
+            "test" if place[name] < test else "validation" if place[name] < held_out else "train"
+            for name in episode_ids
+        ]
 
 
 def data_digest(folder: str) -> str:

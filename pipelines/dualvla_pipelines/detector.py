@@ -1,7 +1,7 @@
 """`dualvla detector train`: the event-boundary detector, learned from episodes with boundaries.
 
 A plain PyTorch loop that fits one process: minutes on a CPU at the default size. Every draw is keyed by (seed, epoch,
-episode) and the state is kept after each epoch, so an interrupted run goes on to the very same weights. Knows the
+episode) and the state is kept now and then, so an interrupted run goes on to the very same weights. Knows the
 network and clips; nothing of the simulator.
 """
 
@@ -66,7 +66,7 @@ class DetectorConfig:
 
     pretrained: a Hugging Face ResNet to start from (default: random weights). spread_frames: the target at d frames
     from a boundary is exp(-d^2 / (2 spread_frames^2)). positive_weight: of boundaries in the loss. The threshold is the
-    best one for the validation share.
+    best one for the validation share. keep_every: after how many steps the state to resume from is written.
     """
 
     network: DDMConfig = field(default_factory=DDMConfig)
@@ -74,8 +74,9 @@ class DetectorConfig:
     shares: Shares = field(default_factory=Shares)
     augmentation: Augmentation = field(default_factory=Augmentation)
     pretrained: str | None = None
-    epochs: int = 12
+    steps: int = 1000
     batch_episodes: int = 8
+    keep_every: int = 100
     learning_rate: float = 1e-3
     weight_decay: float = 0.05
     warm_up: float = 0.1
@@ -86,8 +87,9 @@ class DetectorConfig:
 
 @dataclass(frozen=True)
 class Example:
-    """images: uint8 [N, 3, S, S]. boundaries: int [B]."""
+    """episode: (data set's digest, episode_id). images: uint8 [N, 3, S, S]. boundaries: int [B]."""
 
+    episode: tuple[str, str]
     images: np.ndarray
     boundaries: np.ndarray
 
@@ -100,11 +102,13 @@ def train_detector(
     labels: files of annotations, which then replace the events. Returns counts, and how the detector does on the
     validation share. Raises: DataError if there is nothing to learn from or to validate on.
     """
+    config.network.check()
     inputs = {f"data-{i}": data_digest(folder) for i, folder in enumerate(folders)}
     inputs |= {f"labels-{i}": manifest.file_digest(url) for i, url in enumerate(labels)}
     work = manifest.begin(out, KIND, to_dict(config), inputs)
     if work:
-        train, validation = (_read(folders, config, labels, split) for split in ("train", "validation"))
+        examples = _read(folders, config, labels)
+        train, validation = (_share(examples, config.shares, split) for split in ("train", "validation"))
         net = _fit(train, out, config, device)
         threshold, agreement = _validate(net, validation, config, device)
         save_detector(out, net, threshold, config.boundaries.gap)
@@ -114,28 +118,42 @@ def train_detector(
             files=files, threshold=threshold, validation=agreement,
             episodes={"train": len(train), "validation": len(validation)},
             boundaries={"train": _boundaries(train), "validation": _boundaries(validation)},
+            seen=_names([*train, *validation]),
         )  # fmt: skip
     found = manifest.require(out, KIND)
     return {"out": out, "skipped": not work, **{name: found[name] for name in _FACTS}}
 
 
-def _read(folders: Sequence[str], config: DetectorConfig, labels: Sequence[str], split: Split) -> list[Example]:
-    examples = [
-        Example(fit_images(clip.frames, config.network.image_size), clip.boundaries)
+def _read(folders: Sequence[str], config: DetectorConfig, labels: Sequence[str]) -> list[Example]:
+    return [
+        Example(
+            (data_digest(folder), clip.episode_id),
+            fit_images(clip.frames, config.network.image_size),
+            clip.boundaries,
+        )
         for folder in folders
-        for clip in read_clips(
-            folder,
-            config.boundaries,
-            annotations_for(folder, labels),
-            lambda name: config.shares.split_of(name) == split,
-        )
+        for clip in read_clips(folder, config.boundaries, annotations_for(folder, labels))
     ]
-    if not any(len(example.boundaries) for example in examples):
+
+
+def _share(examples: Sequence[Example], shares: Shares, split: Split) -> list[Example]:
+    splits = shares.split(["/".join(example.episode) for example in examples])
+    chosen = [example for example, its in zip(examples, splits, strict=True) if its == split]
+    if not _boundaries(chosen):
         raise DataError(
-            f"The {len(examples)} episodes of the {split} share have no boundary.",
-            "give more episodes, or another share (--set shares.validation=0.3)",
+            f"The {split} share has {len(chosen)} of {len(examples)} episodes, and no boundary.",
+            f"give more episodes, or another share (--set shares.{'test' if split == 'train' else split}=...)",
         )
-    return examples
+    return chosen
+
+
+def _names(examples: Sequence[Example]) -> dict[str, list[str]]:
+    """Data set's digest -> episodes."""
+    names: dict[str, list[str]] = {}
+    for example in examples:
+        data, episode_id = example.episode
+        names.setdefault(data, []).append(episode_id)
+    return names
 
 
 def _boundaries(examples: Sequence[Example]) -> int:
@@ -148,25 +166,31 @@ def _fit(examples: Sequence[Example], out: str, config: DetectorConfig, device: 
         net = pretrained_net(config.network, config.pretrained) if config.pretrained else DDMNet(config.network)
         net.to(device).train()
         optimizer = torch.optim.AdamW(net.parameters(), lr=0.0, weight_decay=config.weight_decay)
-        steps = -(-len(examples) // config.batch_episodes)  # of an epoch
         first = _restore(out, net, optimizer)
-        with progress("detector (steps)", config.epochs * steps, first * steps) as advance:
-            for epoch in range(first, config.epochs):
-                order = np.random.default_rng([config.seed, epoch]).permutation(len(examples))
-                losses = []
-                for step in range(steps):
-                    torch.manual_seed(int(np.random.default_rng([config.seed, epoch, step]).integers(2**62)))
-                    chosen = order[step * config.batch_episodes :][: config.batch_episodes]
-                    batch = [_augment(examples[i], config, epoch, int(i)) for i in chosen]
-                    for group in optimizer.param_groups:
-                        group["lr"] = config.learning_rate * _pace(
-                            (epoch + step / steps) / config.epochs, config.warm_up
-                        )
-                    losses.append(_step(net, optimizer, batch, config, device))
-                    advance(1)
-                log.info("detector: epoch %d of %d, loss %.4f", epoch + 1, config.epochs, np.mean(losses))
-                _keep(out, net, optimizer, epoch + 1)
+        losses: list[float] = []
+        with progress("detector (steps)", config.steps, first) as advance:
+            for step in range(first, config.steps):
+                torch.manual_seed(int(np.random.default_rng([config.seed, 2, step]).integers(2**62)))
+                for group in optimizer.param_groups:
+                    group["lr"] = config.learning_rate * _pace(step / config.steps, config.warm_up)
+                batch = [_augment(examples[i], config, epoch, i) for epoch, i in _draw(step, len(examples), config)]
+                losses.append(_step(net, optimizer, batch, config, device))
+                advance(1)
+                if (step + 1) % config.keep_every == 0 or step + 1 == config.steps:
+                    log.info("detector: step %d of %d, loss %.4f", step + 1, config.steps, np.mean(losses))
+                    _keep(out, net, optimizer, step + 1)
+                    losses.clear()
     return net
+
+
+def _draw(step: int, count: int, config: DetectorConfig) -> list[tuple[int, int]]:
+    """The examples of one step, as (epoch, index): every example once an epoch, in an order of its own."""
+    chosen = []
+    for draw in range(step * config.batch_episodes, (step + 1) * config.batch_episodes):
+        epoch, place = divmod(draw, count)
+        order = np.random.default_rng([config.seed, 0, epoch]).permutation(count)
+        chosen.append((epoch, int(order[place])))
+    return chosen
 
 
 def _step(
@@ -190,7 +214,7 @@ def _step(
     loss.backward()
     torch.nn.utils.clip_grad_norm_(net.parameters(), 1.0)
     optimizer.step()
-    return float(loss)
+    return loss.item()
 
 
 def _target(boundaries: np.ndarray, frames: int, spread: float) -> np.ndarray:
@@ -226,7 +250,7 @@ def _augment(example: Example, config: DetectorConfig, epoch: int, index: int) -
     images = np.pad(images, ((0, 0), (0, 0), (most, most), (most, most)), mode="edge")
     images = images[..., down : down + size, right : right + size].astype(np.float32)
     gain = 1 + rng.uniform(-how.brightness, how.brightness) + rng.uniform(-how.tint, how.tint, size=(3, 1, 1))
-    return Example(np.clip(images * gain.astype(np.float32), 0, 255), boundaries)
+    return Example(example.episode, np.clip(images * gain.astype(np.float32), 0, 255), boundaries)
 
 
 def _validate(
@@ -244,17 +268,17 @@ def _validate(
     return threshold, {"f1": float(counts.f1()[0]), "precision": float(precision[0]), "recall": float(recall[0])}
 
 
-def _keep(out: str, net: DDMNet, optimizer: torch.optim.Optimizer, epoch: int) -> None:
-    """One file, replaced whole: weights, AdamW's moments, and after which epoch."""
+def _keep(out: str, net: DDMNet, optimizer: torch.optim.Optimizer, step: int) -> None:
+    """One file, replaced whole: weights, AdamW's moments, and after which step."""
     state: dict[str, Tensor] = {f"net.{name}": tensor for name, tensor in net.state_dict().items()}
     for i, values in optimizer.state_dict()["state"].items():
         state |= {f"optimizer.{i}.{name}": tensor for name, tensor in values.items()}
-    kept = {name: tensor.detach().cpu().contiguous() for name, tensor in state.items()} | {"epoch": torch.tensor(epoch)}
+    kept = {name: tensor.detach().cpu().contiguous() for name, tensor in state.items()} | {"step": torch.tensor(step)}
     storage.write_bytes(storage.join(out, *_RESUME), safetensors.torch.save(kept))
 
 
 def _restore(out: str, net: DDMNet, optimizer: torch.optim.Optimizer) -> int:
-    """The epoch to go on with, 0 in a fresh folder. `manifest.begin` has made sure that the state is this run's own."""
+    """The step to go on with, 0 in a fresh folder. `manifest.begin` has made sure that the state is this run's own."""
     url = storage.join(out, *_RESUME)
     if not storage.exists(url):
         return 0
@@ -269,4 +293,4 @@ def _restore(out: str, net: DDMNet, optimizer: torch.optim.Optimizer) -> int:
             _, index, moment = name.split(".")
             moments.setdefault(int(index), {})[moment] = tensor
     optimizer.load_state_dict({"state": moments, "param_groups": optimizer.state_dict()["param_groups"]})
-    return int(kept["epoch"])
+    return int(kept["step"])

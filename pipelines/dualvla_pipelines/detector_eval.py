@@ -27,7 +27,7 @@ from dualvla.pruning.boundaries import (
 )
 from dualvla.pruning.ddm import KIND, EventDetector, load_detector
 from dualvla.pruning.similarity import SelfSimilarity
-from dualvla_pipelines.clips import annotations_for, data_digest, read_clips
+from dualvla_pipelines.clips import BoundaryRule, annotations_for, data_digest, read_clips
 from dualvla_pipelines.detector import DetectorConfig
 
 DETECTOR = "detector"
@@ -50,16 +50,16 @@ def evaluate_detector(
 ) -> dict[str, Any]:
     """F1 of every method at relative distances 0.05 to 0.5, and the detector's lead with bootstrap intervals.
 
-    Of a data set that the detector was trained on, only the test share is used. Raises: DataError if no episode is
-    left or none has a boundary.
+    Episodes that the detector was trained or validated on are left out. Raises: DataError if no episode is left or
+    none has a boundary.
     """
     detector = load_detector(model, device)
     made = manifest.require(model, KIND)
     config = from_dict(DetectorConfig, made["config"])
     judged, left_out = _Judged(), 0
     for folder in folders:
-        seen = data_digest(folder) in made["inputs"].values()
-        left_out += _judge(detector, folder, labels, config, seen, judged)
+        seen = frozenset(made["seen"].get(data_digest(folder), ()))
+        left_out += _judge(detector, folder, labels, config.boundaries, seen, judged)
     if not sum(len(true) for true in judged.true):
         raise DataError(
             f"The {len(judged.true)} episodes to judge on have no boundary ({left_out} were trained on and left out).",
@@ -93,20 +93,24 @@ def evaluate_detector(
 
 
 def _judge(
-    detector: EventDetector, folder: str, labels: Sequence[str], config: DetectorConfig, seen: bool, judged: _Judged
+    detector: EventDetector,
+    folder: str,
+    labels: Sequence[str],
+    rule: BoundaryRule,
+    seen: frozenset[str],
+    judged: _Judged,
 ) -> int:
-    """Adds the episodes of one data set to `judged`. Returns how many were left out because they were trained on."""
+    """Adds the episodes of one data set that are not `seen` to `judged`. Returns how many were."""
     left_out = 0
 
     def wanted(episode_id: str) -> bool:
         nonlocal left_out
-        unseen = not seen or config.shares.split_of(episode_id) == "test"
-        left_out += not unseen
-        return unseen
+        left_out += episode_id in seen
+        return episode_id not in seen
 
     scorers = {DETECTOR: detector.scores, **TRAINING_FREE}
     with progress(f"judging on {folder} (episodes)", manifest.require(folder, "dataset")["episodes"]) as advance:
-        for clip in read_clips(folder, config.boundaries, annotations_for(folder, labels), wanted):
+        for clip in read_clips(folder, rule, annotations_for(folder, labels), wanted):
             for name, scores in scorers.items():
                 judged.scores.setdefault(name, []).append(scores(clip.frames))
             judged.true.append(clip.boundaries)

@@ -29,7 +29,8 @@ def _configure(parser: argparse.ArgumentParser) -> None:
             help="annotations of `dualvla annotate` to use in place of the events; repeat it for several data sets",
         )
         each.add_argument("--device", default="cpu", help="where PyTorch computes: cpu, cuda")
-        each.add_argument("--json", action="store_true", default=argparse.SUPPRESS, help="print the result as JSON")
+        for name, text in (("--json", "print the result as JSON on stdout"), ("--verbose", "log more (to stderr)")):
+            each.add_argument(name, action="store_true", default=argparse.SUPPRESS, help=text)
 
 
 def _run(arguments: argparse.Namespace) -> dict[str, Any]:
