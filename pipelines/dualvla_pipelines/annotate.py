@@ -121,13 +121,14 @@ class Annotator:
 
     def _images(self, episode: Offered) -> list[bytes]:
         """Of the first camera. Those of one episode are held: the page asks for one after the other."""
-        if self._opened is None or self._opened[0] != episode:
-            rows = dataset.read_table(episode.file, ["images"])["images"].slice(episode.first, episode.frames)
-            pictures = [row[0][1] if row else None for row in rows.to_pylist()]
-            if any(picture is None for picture in pictures):
-                raise DataError(f"A step of '{episode.episode_id}' has no picture.", "see `dualvla validate`")
-            self._opened = (episode, pictures)
-        return self._opened[1]
+        if self._opened is not None and self._opened[0] == episode:
+            return self._opened[1]
+        rows = dataset.read_table(episode.file, ["images"])["images"].slice(episode.first, episode.frames)
+        pictures = [row[0][1] for row in rows.to_pylist() if row and row[0][1] is not None]
+        if len(pictures) != episode.frames:
+            raise DataError(f"A step of '{episode.episode_id}' has no picture.", "see `dualvla validate`")
+        self._opened = (episode, pictures)
+        return pictures
 
 
 def offered_episodes(folder: str) -> Iterator[Offered]:
