@@ -35,7 +35,8 @@ def _run(arguments: argparse.Namespace) -> dict[str, Any]:
             raise UsageError(f"--{option} must be 1 or more.", "leave it out for the default")
     out = arguments.out or storage.join(arguments.folders[0], "judge-eval")
     config = TrustConfig(arguments.trajectories, arguments.repeats, arguments.again, arguments.seed)
-    judge = make_judge(arguments, storage.join(out, "verdicts"))
+    examples = None if arguments.judge == "rubric" else arguments.kb  # the rubric is only compared with it
+    judge = make_judge(arguments, storage.join(out, "verdicts"), examples)
     base = KnowledgeBase(arguments.kb) if arguments.kb else None
     found = evaluate_judge(arguments.folders, out, judge, config, human=arguments.human, base=base)
     return {"ok": True, "out": out, **found}

@@ -36,7 +36,7 @@ def _build(arguments: argparse.Namespace) -> dict[str, Any]:
 
     if arguments.entries < 1:
         raise UsageError("--entries must be 1 or more.", "leave it out for the default")
-    judge = make_judge(arguments, storage.join(arguments.out, "verdicts"))
+    judge = make_judge(arguments, storage.join(arguments.out, "verdicts"), arguments.kb)
     made = build(arguments.folders, arguments.out, judge, BuildConfig(arguments.entries, arguments.seed))
     return {"ok": True, "out": arguments.out, **made}
 

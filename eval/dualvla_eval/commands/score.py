@@ -37,15 +37,15 @@ def add_judge(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--image-embedder", default="built-in", help="finds similar scenes: built-in or clip:NAME")
 
 
-def make_judge(arguments: argparse.Namespace, store: str) -> Any:
-    """The judge of `add_judge`'s options; store: the folder where a model's verdicts are kept."""
+def make_judge(arguments: argparse.Namespace, store: str, knowledge: str | None = None) -> Any:
+    """The judge of `add_judge`'s options; store: where a model's verdicts are kept; knowledge: where examples lie."""
     from dualvla_eval.judges import get_judge
 
     return get_judge(
         arguments.judge,
         arguments.set,
         store=store,
-        knowledge=arguments.kb,
+        knowledge=knowledge,
         text_embedder=arguments.text_embedder,
         image_embedder=arguments.image_embedder,
     )
@@ -56,7 +56,7 @@ def _run(arguments: argparse.Namespace) -> dict[str, Any]:
     from dualvla_eval.score import require_rollouts, score_folder
 
     require_rollouts(arguments.folder)
-    judge = make_judge(arguments, storage.join(arguments.folder, "verdicts"))
+    judge = make_judge(arguments, storage.join(arguments.folder, "verdicts"), arguments.kb)
     return {"ok": True, "out": arguments.folder, **score_folder(arguments.folder, judge)}
 
 
