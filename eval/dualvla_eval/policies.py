@@ -31,12 +31,14 @@ _GREY = 128
 # Unit of an action dimension -> what the random policy draws from: as far as the scripted experts go in a step.
 _RANDOM_RANGE = {"m": (-0.03, 0.03), "rad": (-0.1, 0.1), "open": (0.0, 1.0)}
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._+-]*")
-_REMOTE = ("ws://", "wss://")
+_SERVE_APP = "serve:"
+_REMOTE = ("ws://", "wss://", _SERVE_APP)
 
 
 @dataclass(frozen=True)
 class PolicyRef:
-    """A policy of a sweep. name: for the results. source: a built-in name, a checkpoint folder or a ws:// URL."""
+    """A policy of a sweep. name: for the results. source: a built-in name, a checkpoint folder, a ws:// URL or
+    "serve:APP", a Ray Serve app of the joined cluster."""
 
     name: str
     source: str
@@ -112,6 +114,10 @@ def _load(ref: PolicyRef, suite: Suite, reasoning: str, seed: int) -> Policy:
         return RandomPolicy(suite, seed)
     if ref.built_in:
         return ExpertPolicy(suite, seed, random_object=ref.source == "expert-random-object")
+    if ref.source.startswith(_SERVE_APP):
+        from dualvla_cluster.serve_handle import HandlePolicy
+
+        return HandlePolicy(ref.source.removeprefix(_SERVE_APP))
     if ref.remote:
         from dualvla.client import RemotePolicy
 

@@ -18,7 +18,12 @@ from websockets.exceptions import InvalidStatus
 from websockets.sync.client import connect
 
 from dualvla.client import PolicyClient, RemotePolicy
-from dualvla.errors import PlatformError, ServerError, UsageError, WireError
+from dualvla.errors import PlatformError, PolicyError, ServerError, UsageError, WireError
+from dualvla.wire import messages
+from dualvla.wire.openpi import pack, unpack
+from dualvla_cluster.serve_handle import HandlePolicy
+from dualvla_eval.policies import load, parse_policy
+from dualvla_eval.suites import get_suite
 from dualvla_serve.config import EndpointConfig, Scaling
 from dualvla_serve.deploy import running
 
@@ -126,3 +131,48 @@ def test_a_taken_port_and_an_open_door_are_refused(ray_cluster: None) -> None:
             pass
     with pytest.raises(UsageError, match="keys"):
         EndpointConfig(host="0.0.0.0")
+
+
+def test_a_sweep_asks_the_same_policy_by_its_handle(address: str) -> None:
+    """Sessions stay apart and go on, whichever of the two replicas answers."""
+    remote, local = HandlePolicy("dualvla"), CountingPolicy()
+    assert remote.spec == local.spec
+    sessions = [f"episode-{i}" for i in range(6)]
+    for step in range(4):
+        asked = [example(step * 10 + i, id=str(i)) for i in range(6)]
+        for ours, theirs in zip(remote.infer(asked, sessions), local.infer(asked, sessions), strict=True):
+            np.testing.assert_array_equal(ours.actions[:, :3], theirs.actions[:, :3])
+    remote.reset("episode-0")
+    assert remote.infer([example()], ["episode-0"])[0].actions[0, 0] == 1
+    with pytest.raises(PolicyError):
+        remote.infer([example(instruction="raise")], ["episode-1"])
+    with pytest.raises(ServerError, match="serve status"):
+        HandlePolicy("nowhere")
+    assert load(parse_policy("serve:dualvla"), suite=get_suite("blocks")).spec == local.spec
+
+
+def test_replicas_are_found_and_asked_directly(address: str) -> None:
+    def listeners() -> list[str]:
+        request = urllib.request.Request(f"http://{address}/v1/listeners", headers={"Authorization": f"Bearer {KEY}"})
+        with urllib.request.urlopen(request) as answer:
+            return [one["url"] for one in json.load(answer)["listeners"]]
+
+    deadline = time.monotonic() + 30
+    while len(found := listeners()) < 2:
+        assert time.monotonic() < deadline
+        time.sleep(0.2)
+    for url in found:
+        with pytest.raises(ServerError, match="refused the key"):
+            PolicyClient(url, "wrong-key-0123456789").infer(example())
+    with connect(found[0], additional_headers={"Authorization": f"Bearer {KEY}"}) as connection:
+        greeting = unpack(connection.recv())
+        assert greeting["listener"] == found[0]
+        connection.send(pack(messages.observation_to_wire(example(id="x"))))
+        assert unpack(connection.recv())["seq"] == 1
+        session = greeting["session"]["id"]
+        connection.socket.close()  # the network fails; the other replica goes on with it
+    query = f"{found[1]}/?session={session}&resume=1"
+    with connect(query, additional_headers={"Authorization": f"Bearer {KEY}"}) as connection:
+        assert unpack(connection.recv())["session"] == {"id": session, "seq": 1, "resumed": True}
+        connection.send(pack(messages.observation_to_wire(example(id="y"))))
+        assert unpack(connection.recv())["actions"][0, 0] == 2
