@@ -70,7 +70,7 @@ class EndpointConfig:
     limits: Limits = field(default_factory=Limits)
     wire: WireLimits = field(default_factory=WireLimits)
     state_dir: str = ""
-    max_silence_s: float = 5.0
+    max_silence_s: float = 10.0
     send_timeout_s: float = 10.0
     record: str | None = None
     status_page: bool = False

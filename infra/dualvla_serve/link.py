@@ -17,7 +17,7 @@ from dualvla_serve.estop import Latch, StopState
 from dualvla_serve.hub import Claim, Hub, News, Report, Saved
 
 _NAMESPACE = "dualvla_serve"
-_TIMEOUT_S = 5.0
+_TIMEOUT_S = 3.0
 
 
 def latch_url(state_dir: str, endpoint: str) -> str | None:
