@@ -338,6 +338,12 @@ def test_print_drops_what_paper_cannot_use(open_page, site):
     assert page.locator("table").first.is_visible()
 
 
+def test_a_printed_rollout_has_all_its_steps(rollouts):
+    rollouts.evaluate("() => dispatchEvent(new Event('beforeprint'))")
+    steps = int(rollouts.locator("input[type=range]").get_attribute("max"))
+    assert rollouts.locator(".steps tbody tr").count() == steps
+
+
 @pytest.mark.parametrize("name", ["index.html", "task-fake-touch.html", "rollouts.html"])
 def test_a_narrow_screen_never_scrolls_sideways(open_page, site, name):
     page = open_page(site, name)

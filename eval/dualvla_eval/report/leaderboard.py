@@ -108,7 +108,7 @@ def leaderboard(found: Gathered, suite: str, palette: Palette, published: Sequen
         Column("kind", "kind", "text", help="whether the policy reasons in words"),
         Column("judge", "judged by", "text"),
         Column("n", "episodes", digits=0),
-        Column("success", "success", help="percent; ours: the unweighted mean of the tasks"),
+        Column("success", "success (mean of tasks)", help="percent; each task counts the same, however many episodes"),
         Column("score", "VLA Score", help=SCORE_HELP),
         *part_columns(),
         *([Column("questions", "questions", help="held-out questions answered exactly, percent")] if answers else []),

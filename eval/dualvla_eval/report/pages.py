@@ -140,7 +140,7 @@ def _suite(found: Gathered, suite: str, palette: Palette) -> dict[str, Any]:
 def _radar(policy: PolicyResult, color: int) -> str:
     parts = {part: leaderboard.part_mean(policy.judged, part) for part in PARTS}
     success = leaderboard.success_rate(policy.episodes)
-    values = {**parts, "success": success}
+    values = {**parts, "Sim": success}
     return plots.radar(policy.label, {name: None if v is None else v.value for name, v in values.items()}, color)
 
 
@@ -212,7 +212,7 @@ def _task_page(found: Gathered, suite: str, task: str, palette: Palette) -> Page
         "bars": [
             (p.label, _markup(plots.shares(f"How {p.label} ended", _counted(own[p.label]), _KINDS))) for p in policies
         ],
-        "kinds": {k: _KINDS[k] for k in dict.fromkeys(r for p in policies for r in _counted(own[p.label]))},
+        "kinds": {r: kind for r, kind in _KINDS.items() if any(r in _counted(of) for of in own.values())},
         "differences": leaderboard.differences(narrowed, f"paired-{slug}", f"Paired differences: {task}"),
         "matrix": _matrix(policies, own),
     }
@@ -272,7 +272,7 @@ def _outcomes(
     policies: Sequence[PolicyResult], own: Mapping[str, Sequence[Episode]], slug: str, palette: Palette
 ) -> Table:
     counted = {p.label: _counted(own[p.label]) for p in policies}
-    reasons = list(dict.fromkeys(r for of in counted.values() for r in of))
+    reasons = [r for r in _KINDS if any(r in of for of in counted.values())]
     rows = tuple(
         Row({"policy": label, **{r: number(of.get(r, 0)) for r in reasons}}, mark=palette[label])
         for label, of in counted.items()

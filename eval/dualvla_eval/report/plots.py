@@ -14,7 +14,7 @@ COLORS = 12  # .c0 to .c11 of the style sheet
 
 _WIDTH, _LEFT, _RIGHT = 640, 150, 56
 _ROW, _GAP, _TOP, _AXIS = 20, 12, 6, 24
-_RADAR_W, _RADAR_H, _RADIUS_PX = 250, 196, 64
+_RADAR_W, _RADAR_H, _RADIUS_PX = 254, 190, 64
 _CURVE_W, _CURVE_H = 250, 130
 _POINTS = 150  # drawn of a curve
 

@@ -16,7 +16,15 @@ import numpy as np
 
 from dualvla_eval import statistics
 from dualvla_eval.report.gather import Checkpoint, Gathered, PolicyResult, Pruned
-from dualvla_eval.report.leaderboard import PARTS, SCORE_HELP, Palette, part_columns, part_mean, score_mean
+from dualvla_eval.report.leaderboard import (
+    PARTS,
+    SCORE_HELP,
+    Palette,
+    part_columns,
+    part_mean,
+    score_mean,
+    success_rate,
+)
 from dualvla_eval.report.tables import Column, Number, Row, Table, interval, number
 
 # A cell of Table 2 -> the suite it is run on, and the word its tasks are known by there.
@@ -134,7 +142,7 @@ def vla_score(found: Gathered, suite: str, palette: Palette, kind: str) -> Table
                 "policy": p.label,
                 "judge": p.evaluation.judge,
                 **{part: part_mean(p.judged, part) for part in parts},
-                "sim": number(p.score["success"], len(p.judged)) if p.score else None,
+                "sim": success_rate([e for e in p.episodes if e.judged]),
                 "score": score_mean(p.judged),
             },
             mark=palette[p.label],

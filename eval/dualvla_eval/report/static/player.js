@@ -161,21 +161,35 @@ function equation(score, success) {
 }
 
 /** Every step as a table, made when it is first opened. */
-function stepsOf(rollout, seek) {
-  const details = h("details", { class: "steps" }, h("summary", {}, `All ${rollout.steps} steps`));
-  details.addEventListener("toggle", () => {
-    if (!details.open || details.querySelector("table")) return;
+class StepTable {
+  constructor(rollout, seek) {
+    Object.assign(this, { rollout, seek });
+    this.node = h("details", { class: "steps", ontoggle: () => this.fill() }, h("summary", {}, `All ${rollout.steps} steps`));
+  }
+
+  open() {
+    this.node.open = true;
+    this.fill();
+  }
+
+  fill() {
+    if (!this.node.open || this.node.querySelector("table")) return;
+    const { rollout } = this;
     const fresh = new Set(rollout.fresh);
     const rows = Array.from({ length: rollout.steps }, (_, t) => h("tr", { "data-step": t },
-      h("th", { scope: "row" }, h("button", { type: "button", onclick: () => seek(t), "aria-label": `go to step ${t}` }, String(t))),
+      h("th", { scope: "row" }, h("button", { type: "button", onclick: () => this.seek(t), "aria-label": `go to step ${t}` }, String(t))),
       h("td", { class: "words" }, fresh.has(t) ? textAt(rollout, t)?.[1] ?? "" : ""),
       h("td", {}, actionText(rollout, t)), h("td", {}, rollout.gripper[t].map((g) => g.toFixed(2)).join(" ")),
       h("td", {}, rollout.events.filter(([at]) => at === t).map(([, event]) => h("code", {}, event, " ")))));
-    details.append(h("div", { class: "scroll", tabindex: 0, role: "region", "aria-label": "all steps" }, h("table", {},
+    this.node.append(h("div", { class: "scroll", tabindex: 0, role: "region", "aria-label": "all steps" }, h("table", {},
       h("thead", {}, h("tr", {}, ["step", "newly said", "action", "gripper", "events"].map((name) => h("th", { scope: "col" }, name)))),
       h("tbody", {}, rows))));
-  });
-  return details;
+  }
+
+  show(step) {
+    for (const row of this.node.querySelectorAll("tr.now-row")) row.classList.remove("now-row");
+    this.node.querySelector(`tr[data-step="${step}"]`)?.classList.add("now-row");
+  }
 }
 
 function actionText(rollout, step) {
@@ -198,12 +212,12 @@ class Pane {
     this.since = h("span", { class: "dim" });
     this.values = rollout.dimensions.map((name) => this.makeValue(name));
     this.happened = h("span", {});
-    this.all = stepsOf(rollout, seek);
+    this.all = new StepTable(rollout, seek);
     this.node = h("article", { class: "pane", "aria-label": `${entry.policy}, episode ${entry.episode}` },
       h("header", {}, h("h3", {}, h("i", { class: `swatch c${entry.color % 12}` }), entry.policy),
         h("span", { class: `badge ${entry.kind}` }, entry.stop.replaceAll("_", " ")), entry.failure ? h("span", {}, entry.failure) : null,
         h("span", { class: "dim" }, `${entry.steps} steps`)),
-      rollout.steps === 0 ? h("p", {}, "Nothing was recorded.") : h("div", { class: "scene" },
+      rollout.steps === 0 ? h("p", {}, "Nothing was recorded.") : h("div", { class: `scene ${this.film ? "filmed" : ""}` },
         h("div", { class: "stage" }, this.film ? h("div", { class: "film" }, this.film) : null, this.map?.node),
         this.tracks.node,
         h("div", { class: "now" },
@@ -211,7 +225,7 @@ class Pane {
           h("section", { "aria-label": "action of the step" }, h("h4", {}, "Does"), h("dl", { class: "action" }, this.values.map((v) => h("div", {}, h("dt", {}, v.label), v.node)))),
           h("p", { class: "happened" }, this.happened))),
       verdictOf(entry, rollout),
-      rollout.steps ? this.all : null);
+      rollout.steps ? this.all.node : null);
   }
 
   makeFilm(framePx) {
@@ -258,8 +272,7 @@ class Pane {
     const wait = ended ? null : this.rollout.infer_ms[t];
     this.happened.textContent = ended ? `ended: ${this.entry.failure ?? this.entry.stop.replaceAll("_", " ")}`
       : `gripper ${gripper} open${wait === null ? "" : `; the policy was asked and took ${fixed(wait)} ms`}${events.length ? `; ${events.join(", ")}` : ""}`;
-    for (const row of this.all.querySelectorAll("tr.now-row")) row.classList.remove("now-row");
-    this.all.querySelector(`tr[data-step="${t}"]`)?.classList.add("now-row");
+    this.all.show(t);
   }
 }
 

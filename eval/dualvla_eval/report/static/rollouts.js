@@ -154,7 +154,7 @@ class Browser {
     addEventListener("popstate", () => this.render());
     addEventListener("hashchange", () => this.render());
     addEventListener("keydown", (event) => this.pressed(event));
-    addEventListener("beforeprint", () => this.viewer.querySelectorAll("details").forEach((d) => { d.open = true; }));
+    addEventListener("beforeprint", () => this.player?.panes.forEach((pane) => pane.all.open()));
     this.render();
   }
 
