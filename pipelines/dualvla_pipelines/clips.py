@@ -74,7 +74,8 @@ class Shares:
 
 
 def data_digest(folder: str) -> str:
-    """What a data set is recognised by, wherever it lies."""
+    """What a data set is recognised by, wherever it lies. Raises: DataError if it is missing or unfinished."""
+    manifest.require(folder, dataset.KIND)
     return manifest.file_digest(storage.join(folder, manifest.NAME))
 
 
