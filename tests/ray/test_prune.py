@@ -33,7 +33,7 @@ def contents(folder: str | Path) -> dict[str, bytes]:
 
 
 def pictures(folder: str | Path) -> dict[str, bytes]:
-    return {path.name: path.read_bytes() for path in sorted((Path(folder) / "report").iterdir())}
+    return {path.name: path.read_bytes() for path in sorted((Path(folder) / "report").glob("*.png"))}
 
 
 def spoil(folder: str, part: int) -> str:
