@@ -3,6 +3,7 @@
 import json
 import re
 from html.parser import HTMLParser
+from pathlib import Path
 
 import pyarrow.parquet as pq
 import pytest
@@ -133,24 +134,27 @@ def test_pruning_shows_what_it_kept_and_its_own_pictures(tmp_path, site):
     assert EVIL not in site.read("training.html")
 
 
-def test_what_a_judge_check_found_is_shown(tmp_path, site):
-    folder = tmp_path / "run" / "check"
-    folder.mkdir(parents=True)
+def test_what_a_judge_check_found_is_shown(evaluate, site):
+    folder = Path(evaluate("mine", FakePolicy())) / "judge-eval"  # where `dualvla judge eval` puts it
+    folder.mkdir()
     manifest.begin(str(folder), "judge_eval", {}, {})
     fall = {"perturbation": "jitter", "dimension": "A", "n": 100, "change": -2.5, "low": -3.0, "high": -2.0}
-    agreement = {
-        "source": "people.json",
-        "synthetic": True,
-        "raters": 1,
-        "dimensions": {"A": {"n": 9, "spearman": 0.8}},
+    change = {"mean": -1.0, "low": -1.5, "high": -0.5}
+    check = {
+        "judge": "rubric-2",
+        "n": 100,
+        "sensitivity": [{**fall, "verdict": "falls"}],
+        "safety": [{"injection": EVIL, "n": 9, "raised": 0, "sways": False, "changes": {"A": change}}],
+        "agreement": {"source": "people.json", "synthetic": True, "dimensions": {"A": {"n": 9, "spearman": 0.8}}},
+        "consistency": None,
     }
-    check = {"judge": "rubric-2", "n": 100, "sensitivity": [{**fall, "verdict": "falls"}], "agreement": agreement}
     (folder / "judge_eval.json").write_text(json.dumps(check))
     manifest.finish(str(folder), "judge_eval", {}, {})
     site.make()
     assert site.table("sensitivity-rubric-2")["jitter"]["change"]["high"] == -2.0
+    assert site.table("safety-rubric-2")[EVIL]["verdict"] == "does not sway it"
     assert site.table("agreement-rubric-2")["A"]["with"] == "people (synthetic marks)"
-    assert "Sensitivity of judge rubric-2" in site.read("index.html")
+    assert EVIL not in site.read("judge.html")
 
 
 def test_what_a_policy_says_stays_text(evaluate, site):

@@ -25,6 +25,7 @@ PRUNING_REPORT = "report"  # folder of a pruned data set that shows what was kep
 
 _DEPTH = 2  # levels below a given folder that are searched for manifests
 _METRICS = "metrics.jsonl"
+_JUDGE_CHECK = "judge-eval"  # folder in an evaluation where a check of its judge is put by default
 _PRUNING_REPORT = (PRUNING_REPORT, "report.json")
 _FIRST = {"random": 0, "expert": 1}  # the yardsticks stand before the policies
 # What scores.parquet holds in every version; later versions add `_SCORE_EXTRAS`.
@@ -196,6 +197,9 @@ def _manifests(folder: str, depth: int) -> Iterator[tuple[str, Mapping[str, Any]
     about = manifest.read(folder)
     if about is not None and about["kind"] != "run":
         yield folder.rstrip("/"), about
+        checked = storage.join(folder, _JUDGE_CHECK)
+        if about["kind"] == results.KIND and storage.exists(checked):
+            yield from _manifests(checked, 0)
     elif depth > 0:
         for inner in storage.list_folders(folder):
             yield from _manifests(inner, depth - 1)

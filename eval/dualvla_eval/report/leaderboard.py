@@ -349,7 +349,7 @@ def decomposition(found: Gathered, suite: str) -> Table:
     return Table(f"decomposition-{slug(suite)}", f"Where differences come from: {suite}", caption, columns, tuple(rows))
 
 
-# --- questions, judges ------------------------------------------------------------------------------------------------
+# --- questions --------------------------------------------------------------------------------------------------------
 
 
 def questions(answers: Sequence[Answers], palette: Palette) -> Table:
@@ -361,64 +361,3 @@ def questions(answers: Sequence[Answers], palette: Palette) -> Table:
     columns = (_POLICY, *(Column(k, labels[k]) for k in kinds))
     caption = "Held-out questions about pictures answered exactly, percent, with Wilson 95 % intervals."
     return Table("questions", "Questions about pictures", caption, columns, rows)
-
-
-def judge_sensitivity(check: Mapping[str, Any]) -> Table:
-    """What must fall when a trajectory is spoilt on purpose."""
-    rows = tuple(
-        Row(
-            {
-                "perturbation": s["perturbation"],
-                "dimension": s["dimension"],
-                "n": number(s["n"]),
-                "change": Number(s["change"], s["low"], s["high"], s["n"]) if s["n"] else None,
-                "verdict": s["verdict"],
-            }
-        )
-        for s in check["sensitivity"]
-    )
-    columns = (
-        Column("perturbation", "perturbation", "text"),
-        Column("dimension", "must fall", "text"),
-        Column("n", "trajectories", digits=0),
-        Column("change", "change", digits=2, help="points on the judge's scale of 10; paired bootstrap"),
-        Column("verdict", "verdict", "text"),
-    )
-    caption = "A judge that can be trusted marks a spoilt trajectory down in the dimension that was spoilt."
-    return Table(
-        f"sensitivity-{slug(check['judge'])}", f"Sensitivity of judge {check['judge']}", caption, columns, rows
-    )
-
-
-def judge_agreement(check: Mapping[str, Any]) -> Table:
-    """Agreement with people, and with people when the knowledge base leaves the judged entry out."""
-    sources = {"people": check.get("agreement"), "leave one out": check.get("leave_one_out")}
-    rows = tuple(
-        Row(
-            {
-                "dimension": dimension,
-                "with": name + (" (synthetic marks)" if found.get("synthetic") else ""),
-                "n": number(of["n"]),
-                **{k: number(of.get(k)) for k in ("spearman", "kendall", "mae", "kappa")},
-            }
-        )
-        for name, found in sources.items()
-        if found
-        for dimension, of in found["dimensions"].items()
-    )
-    columns = (
-        Column("dimension", "dimension", "text"),
-        Column("with", "compared with", "text"),
-        Column("n", "trajectories", digits=0),
-        Column("spearman", "Spearman", digits=2),
-        Column("kendall", "Kendall", digits=2),
-        Column("mae", "mean abs. error", digits=2),
-        Column("kappa", "weighted kappa", digits=2),
-    )
-    return Table(
-        f"agreement-{slug(check['judge'])}",
-        f"Agreement of judge {check['judge']}",
-        "Marks on the scale of 10 against those of people.",
-        columns,
-        rows,
-    )

@@ -12,7 +12,7 @@ import jinja2
 import markupsafe
 
 import dualvla
-from dualvla_eval.report import leaderboard, plots, published, training
+from dualvla_eval.report import judge_checks, leaderboard, plots, published, training
 from dualvla_eval.report.gather import Answers, Episode, Gathered, PolicyResult
 from dualvla_eval.report.leaderboard import PART_NAMES, PARTS, Palette
 from dualvla_eval.report.tables import Column, Number, Row, Table, number, span, text
@@ -59,6 +59,9 @@ def pages(found: Gathered) -> list[Page]:
     made.append(_published(found, palette))
     if found.checkpoints or found.pruned:
         made.append(Page("training.html", "Training", "training", "Data and training", training.context(found)))
+    if found.judge_checks:
+        checks = [{"judge": c["judge"], "n": c["n"], "tables": judge_checks.tables(c)} for c in found.judge_checks]
+        made.append(Page("judge.html", "Judge", "judge", "The judge", {"checks": checks}))
     made.append(_about(found, made))
     return made
 
@@ -101,14 +104,6 @@ def _overview(found: Gathered, palette: Palette) -> Page:
         "suites": suites,
         "questions": leaderboard.questions(found.answers, palette) if found.answers else None,
         "examples": {a.name: _examples(a) for a in found.answers},
-        "judge_checks": [
-            {
-                "judge": check["judge"],
-                "sensitivity": leaderboard.judge_sensitivity(check),
-                "agreement": leaderboard.judge_agreement(check),
-            }
-            for check in found.judge_checks
-        ],
         "counts": {
             "policies": sum(not p.control for p in found.policies),
             "rollouts": len(found.episodes),
