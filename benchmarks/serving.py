@@ -199,7 +199,7 @@ async def _closed_loop(url: str, options: ClientOptions, seconds: float) -> dict
                 step += 1
                 reply = await client.infer(observation(step))
                 assert reply["actions"][0, 0] == np.float32(step)
-                if time.perf_counter() > measured_from:
+                if measured_from < time.perf_counter() <= until:
                     taken.append(reply["round_trip_ms"])
                     sizes.append(reply["policy_timing"].get("batch_size", 1.0))
 
