@@ -27,15 +27,19 @@ _MAX_RESTARTS = 2
 _POLL_S = 0.25
 
 
-def run(job: TrainJob, workers: int) -> None:
+def run(job: TrainJob, workers: int, gpus: float | None = None) -> None:
     """Runs the loop to its end. A worker that dies costs the steps since the last resume state.
+
+    gpus: of each worker; None: one where the cluster has one for every worker, else none.
 
     Raises: what the loop raises on purpose; TrainingError for anything else.
     """
     connect()
+    if gpus is None:
+        gpus = 1.0 if ray.cluster_resources().get("GPU", 0.0) >= workers else 0.0
     for restarts_left in reversed(range(_MAX_RESTARTS + 1)):
         try:
-            _fit_with_progress(job, workers)
+            _fit_with_progress(job, workers, gpus)
             return
         except TrainingFailedError as error:
             failures = list(getattr(error, "worker_failures", {}).values())
@@ -53,13 +57,13 @@ def run(job: TrainJob, workers: int) -> None:
             log.warning("a training worker died; going on from the last resume state")
 
 
-def _fit_with_progress(job: TrainJob, workers: int) -> None:
+def _fit_with_progress(job: TrainJob, workers: int, gpus: float) -> None:
     """Ray Train in a thread of its own (in the main one it would take over Ctrl-C), progress in this one."""
     ended: list[BaseException | None] = []
 
     def fit() -> None:
         try:
-            _fit(job, workers)
+            _fit(job, workers, gpus)
             ended.append(None)
         except BaseException as error:  # noqa: BLE001  # raised below, in the thread that can handle it
             ended.append(error)
@@ -75,24 +79,46 @@ def _fit_with_progress(job: TrainJob, workers: int) -> None:
 
 
 def _watch(thread: threading.Thread, job: TrainJob) -> None:
-    path, seen = Path(job.out, METRICS), 0
+    lines, seen = _LineCount(Path(job.out, METRICS)), 0
     with console.progress(f"train {job.stage}", job.last_step) as advance:
         thread.start()
         while thread.is_alive():
             thread.join(_POLL_S)
-            done = path.read_bytes().count(b"\n") if path.exists() else 0
+            done = lines.now()
             if done != seen:
                 advance(done - seen)
                 seen = done
 
 
-def _fit(job: TrainJob, workers: int) -> None:
+class _LineCount:
+    """The number of lines of a growing file. Reads only what is new, and all of it again when the file was replaced."""
+
+    def __init__(self, path: Path):
+        self._path = path
+        self._inode = self._read = self._count = 0
+
+    def now(self) -> int:
+        if not self._path.exists():
+            return 0
+        with open(self._path, "rb") as file:
+            inode = os.fstat(file.fileno()).st_ino
+            if inode != self._inode:
+                self._inode, self._read, self._count = inode, 0, 0
+            file.seek(self._read)
+            new = file.read()
+        self._read += len(new)
+        self._count += new.count(b"\n")
+        return self._count
+
+
+def _fit(job: TrainJob, workers: int, gpus: float) -> None:
+    # Fractional logical CPUs: with whole ones, as many workers as cores starve all else and hang without an error.
+    resources = {"CPU": 0.5, **({"GPU": gpus} if gpus else {})}
     _Trainer(
         trainer.train,
         train_loop_config=job,
-        torch_config=TorchConfig(backend="gloo"),
-        # Fractional logical CPUs: with whole ones, as many workers as cores starve all else and hang without an error.
-        scaling_config=ScalingConfig(num_workers=workers, resources_per_worker={"CPU": 0.5}),
+        torch_config=TorchConfig(backend="nccl" if gpus else "gloo"),
+        scaling_config=ScalingConfig(num_workers=workers, use_gpu=gpus > 0, resources_per_worker=resources),
         run_config=RunConfig(
             storage_path=os.path.join(job.out, "resume", "ray"),
             name=job.stage,

@@ -15,6 +15,7 @@ from dualvla.errors import UsageError, did_you_mean
 from dualvla.models.config import LossWeights, ModelConfig, tiny_backbone
 
 Stage = Literal["specialist", "reasoning", "dual"]
+Domain = Literal["robot", "multimodal"]
 STAGES: tuple[Stage, ...] = ("specialist", "reasoning", "dual")
 
 
@@ -55,16 +56,19 @@ class TrainConfig:
     """One training stage.
 
     batch_size: samples of the global batch, whatever the number of workers; multimodal_fraction: questions in it.
-    use_reasoning: learn the reasoning text of robot samples (where pruning kept it). losses: weight of each term, with
+    use_reasoning: learn the reasoning text of robot samples (where pruning kept it). teachers: which of the two teach
+    in the dual stage (Table 7). losses: weight of each term, with
     lambda of Eq. 7 and the temperature of Eq. 5 and 6. lr is the peak, reached after warmup_steps; "cosine" then falls
     to a tenth of it. ema_decay: of the averaged weights that are exported; 0 exports the last ones.
-    checkpoint_every, in steps, is what a crash can cost.
+    checkpoint_every, in steps, is what a crash can cost. conflict_every: steps between two looks at how the gradients
+    of acting and reasoning get along (`conflict.py`; costs about six plain steps); 0: never.
     """
 
     steps: int = 1000
     batch_size: int = 32
     multimodal_fraction: float = 0.25
     use_reasoning: bool = True
+    teachers: Literal["both", "action", "reasoning", "none"] = "both"
     losses: LossWeights = field(default_factory=LossWeights)
     lr: float = 1e-3
     schedule: Literal["cosine", "constant"] = "cosine"
@@ -74,7 +78,14 @@ class TrainConfig:
     grad_clip: float = 1.0
     ema_decay: float = 0.998
     checkpoint_every: int = 200
+    conflict_every: int = 0
     zero: ZeroConfig = field(default_factory=ZeroConfig)
+
+    @property
+    def taught(self) -> tuple[Domain, ...]:
+        """The domains that have a teacher."""
+        domains: dict[str, tuple[Domain, ...]] = {"action": ("robot",), "reasoning": ("multimodal",), "none": ()}
+        return domains.get(self.teachers, ("robot", "multimodal"))
 
     def micro_batches(self, workers: int) -> int:
         """Backward passes a step on each worker. Raises: UsageError if the batch cannot be cut evenly."""

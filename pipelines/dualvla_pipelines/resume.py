@@ -10,6 +10,7 @@ import json
 import logging
 import os
 import shutil
+import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ from dualvla.io import manifest, storage
 log = logging.getLogger(__name__)
 
 _HASHES = "hashes.json"
+_HIDDEN = ".unfinished-"
 _KEEP = 2
 
 
@@ -30,17 +32,24 @@ class Saved:
 
 
 def open_new(root: Path, step: int) -> Path:
-    """An empty folder to fill, which no reader sees until `commit`. Called by one worker."""
+    """An empty folder to fill, which no reader sees until `commit`. Called by one worker.
+
+    Its name is new each time: workers of a driver that was killed live on for up to a minute, and must not meet ours.
+    """
     with storage.writing(str(root)):
-        folder = _hidden(root, step)
+        root.mkdir(parents=True, exist_ok=True)
+        return Path(tempfile.mkdtemp(prefix=f"{_HIDDEN}{step:08d}-", dir=root))
+
+
+def discard_unfinished(root: Path) -> None:
+    """Removes what was never committed. Called by one worker, before it opens any."""
+    for folder in root.glob(f"{_HIDDEN}*"):
         shutil.rmtree(folder, ignore_errors=True)
-        folder.mkdir(parents=True)
-    return folder
 
 
-def commit(root: Path, step: int, facts: dict[str, Any]) -> None:
-    """Makes what lies in the new folder the newest state, and drops all but the last two. Called by one worker."""
-    folder = _hidden(root, step)
+def commit(folder: Path, step: int, facts: dict[str, Any]) -> None:
+    """Makes a filled folder of `open_new` the newest state, and drops all but the last two. Called by one worker."""
+    root = folder.parent
     hashes = {str(p.relative_to(folder)): manifest.file_digest(p) for p in sorted(folder.rglob("*")) if p.is_file()}
     record = {"step": step, "files": hashes, "facts": facts}
     storage.write_bytes(folder / _HASHES, json.dumps(record, indent=2, sort_keys=True).encode())
@@ -76,7 +85,3 @@ def _steps(root: Path) -> list[int]:
 
 def _visible(root: Path, step: int) -> Path:
     return root / f"step-{step:08d}"
-
-
-def _hidden(root: Path, step: int) -> Path:
-    return root / f".step-{step:08d}.tmp"

@@ -17,7 +17,7 @@ from dualvla.config import override, to_dict
 from dualvla.errors import UsageError
 from dualvla.io import manifest, storage
 from dualvla.models.config import ModelConfig
-from dualvla_pipelines.recipes import STAGES, Stage, get_recipe
+from dualvla_pipelines.recipes import STAGES, Domain, Stage, TrainConfig, get_recipe
 
 KIND = "checkpoint"
 
@@ -30,30 +30,34 @@ def train(
     *,
     init: str | None = None,
     action_teacher: str | None = None,
+    teacher_cache: str | None = None,
     workers: int = 1,
     threads: int | None = None,
+    gpus: float | None = None,
     seed: int = 0,
     assignments: Sequence[str] = (),
     stop_after: int | None = None,
 ) -> dict[str, Any]:
     """Trains one stage of a recipe into the checkpoint folder `out`; goes on where an earlier call was interrupted.
 
-    workers: ZeRO shards, each a process with `threads` PyTorch threads (default: this machine's cores shared out).
+    workers: ZeRO shards, each a process with `threads` PyTorch threads (default: this machine's cores shared out) and
+    `gpus` GPUs (default: one where the cluster has one for each, else none).
     stop_after: end after this step, resumable. Raises: UsageError, DataError, CheckpointError, OutputError for what the
     user can mend; TrainingError.
     """
     chosen = override(get_recipe(recipe), assignments)
     config = chosen.stage(stage)
     config.micro_batches(workers)
-    _check_inputs(stage, init, action_teacher)
+    _check_inputs(stage, init, action_teacher, teacher_cache)
     if not storage.is_local(out):
         raise UsageError(f"--out '{out}' is not a path.", "train into a local or shared folder")
-    folders = {"data": data, "init": init, "action_teacher": action_teacher}
+    folders = {"data": data, "init": init, "action_teacher": action_teacher, "teacher_cache": teacher_cache}
     given = {name: os.path.abspath(folder) for name, folder in folders.items() if folder is not None}
-    for name in given.keys() - {"data"}:
+    for name in given.keys() & {"init", "action_teacher"}:
         manifest.require(given[name], KIND)
     if manifest.read(out) is None:
         _check_fit(stage, chosen.model, given)
+        _check_cache(config, given)
     key = {"stage": stage, "train": to_dict(config), "model": to_dict(chosen.model), "seed": seed}
     inputs = manifest.input_digests(given)
     out = os.path.abspath(out)
@@ -74,7 +78,7 @@ def train(
         threads=threads or max(1, (os.cpu_count() or 1) // workers),
         **given,
     )
-    launch.run(job, workers)
+    launch.run(job, workers, gpus)
     if stop_after is not None and stop_after < config.steps:
         return {**result, "skipped": False, "finished": False, "last": _last_metrics(out)}
     shutil.rmtree(Path(out, "resume"), ignore_errors=True)
@@ -90,7 +94,7 @@ def render(result: dict[str, Any]) -> str:
     return f"{result['stage']}: {state}: {result['out']}\n{losses}"
 
 
-def _check_inputs(stage: Stage, init: str | None, action_teacher: str | None) -> None:
+def _check_inputs(stage: Stage, init: str | None, action_teacher: str | None, teacher_cache: str | None) -> None:
     if stage != "specialist" and init is None:
         previous = STAGES[STAGES.index(stage) - 1]
         raise UsageError(f"Stage '{stage}' needs --init.", f"pass the checkpoint of stage '{previous}'")
@@ -99,6 +103,8 @@ def _check_inputs(stage: Stage, init: str | None, action_teacher: str | None) ->
             "Stage 'dual' needs --action-teacher." if stage == "dual" else f"Stage '{stage}' has no action teacher.",
             "pass the specialist's checkpoint to stage 'dual', and to no other",
         )
+    if stage != "dual" and teacher_cache is not None:
+        raise UsageError(f"Stage '{stage}' has no teachers.", "leave --teacher-cache to stage 'dual'")
 
 
 def _check_fit(stage: Stage, model: ModelConfig, folders: Mapping[str, str]) -> None:
@@ -111,6 +117,24 @@ def _check_fit(stage: Stage, model: ModelConfig, folders: Mapping[str, str]) -> 
     check_fit(model, TrainRows.load(folders["data"], sample=True).facts, folders["data"])
     for name in folders.keys() & {"init", "action_teacher"}:
         check_architecture(prepare(load_config(folders[name]), stage), prepare(model, stage), folders[name])
+
+
+def _check_cache(config: TrainConfig, folders: Mapping[str, str]) -> None:
+    if "teacher_cache" not in folders:
+        return
+    from dualvla.distill.cache import load_cache
+    from dualvla.models.checkpoint import load_config
+    from dualvla.models.processing import Processor
+
+    both: dict[Domain, str] = {"robot": folders["action_teacher"], "multimodal": folders["init"]}
+    model = load_config(folders["init"])
+    load_cache(
+        folders["teacher_cache"],
+        teachers={domain: both[domain] for domain in config.taught},
+        student=Processor.load(folders["init"], model),
+        config=model,
+        temperature=config.losses.temperature,
+    )
 
 
 def _is_output(url: str) -> bool:

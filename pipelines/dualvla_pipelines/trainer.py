@@ -25,24 +25,28 @@ import torch.distributed as dist
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from dualvla.distill.cache import TeacherCache, load_cache
+from dualvla.distill.facts import check_teacher
 from dualvla.distill.step import training_loss
-from dualvla.distill.teachers import Teachers
+from dualvla.distill.teachers import Teacher, Teachers
 from dualvla.errors import CheckpointError, TrainingError
 from dualvla.io import storage
-from dualvla.models.checkpoint import load_model, save_checkpoint
+from dualvla.models.checkpoint import load_config, load_model, save_checkpoint
 from dualvla.models.config import ModelConfig, thinking_as_often
-from dualvla.models.processing import Processor
+from dualvla.models.processing import Processor, Sample
 from dualvla.models.stages import apply_stage, prepare
 from dualvla.models.vla import VLA, loss_counts
 from dualvla_pipelines import resume, zero
+from dualvla_pipelines.conflict import gradient_conflict
 from dualvla_pipelines.fit import check_architecture, check_fit
-from dualvla_pipelines.recipes import Stage, TrainConfig
+from dualvla_pipelines.recipes import Domain, Stage, TrainConfig
 from dualvla_pipelines.samples import Sampler, TrainRows
 
 log = logging.getLogger(__name__)
 
 METRICS = "metrics.jsonl"
 _STATE = "state"  # DeepSpeed's folder inside a resume state
+_RESHAPED = ".reshaped"  # a resume state of another number of workers, on its way in
 _NEARLY_FULL_BYTES = 1 << 20
 
 
@@ -51,7 +55,8 @@ class TrainJob:
     """One run of `dualvla train`, as every worker gets it. Folders are absolute.
 
     init: the checkpoint that training starts from (the reasoning teacher of the dual stage too). action_teacher: of the
-    dual stage. stop_after: leave the run resumable after this step. threads: of PyTorch, a worker.
+    dual stage. teacher_cache: what both have said, read instead of asking them at every step. stop_after: leave the run
+    resumable after this step. threads: of PyTorch, a worker.
     """
 
     stage: Stage
@@ -62,6 +67,7 @@ class TrainJob:
     seed: int
     init: str | None = None
     action_teacher: str | None = None
+    teacher_cache: str | None = None
     stop_after: int | None = None
     threads: int = 1
 
@@ -82,13 +88,17 @@ def train(job: TrainJob) -> None:
     model, processor, model_config = build(job, rows)
     apply_stage(model, job.stage, model_config)
     micro_batches = job.config.micro_batches(world)
-    engine = zero.initialize(model, job.config, micro_batches)
+    if rank == 0:
+        resume.discard_unfinished(_resume_root(job))
+    saved = resume.newest(_resume_root(job))
+    reshaped = saved is not None and saved.facts["workers"] != world
+    engine = zero.initialize(model, job.config, micro_batches, universal=reshaped)
     engine.train()  # a model that was loaded is in eval mode
     averages = zero.Averages(engine, job.config.ema_decay)
-    teachers = load_teachers(job)
+    teachers = load_teachers(job, engine.device)
     sampler = Sampler(rows.counts, job.config.batch_size, job.config.multimodal_fraction, job.seed)
 
-    first = _restore(job, engine, averages)
+    first = 0 if saved is None else _restore(job, engine, averages, saved)
     with _metrics(job, first) as record:
         for step in range(first, job.last_step):
             started = time.perf_counter()
@@ -96,8 +106,10 @@ def train(job: TrainJob) -> None:
                 rows.sample(domain, row, model_config.horizon, job.config.use_reasoning)
                 for domain, row in sampler.batch(step)[rank::world]
             ]
-            batch = processor.collate(samples, seed=job.seed, step=step)
+            batch = _on(engine.device, _collate(processor, samples, teachers, job.seed, step))
             metrics = _step(engine, batch, micro_batches, teachers, job, step)
+            if not math.isfinite(metrics["loss"]):
+                _give_up(job, step, metrics, batch, [sample.key for sample in samples])
             averages.update(step)
             elapsed = time.perf_counter() - started
             record({"step": step + 1, **metrics, "samples_per_s": round(job.config.batch_size / elapsed, 2)})
@@ -124,28 +136,58 @@ def build(job: TrainJob, rows: TrainRows) -> tuple[VLA, Processor, ModelConfig]:
     return model, processor, model.config
 
 
-def load_teachers(job: TrainJob) -> Teachers | None:
-    """Frozen models outside ZeRO: the specialist, and a copy of what the student starts from. None but in "dual"."""
+def load_teachers(job: TrainJob, device: torch.device) -> Teacher | None:
+    """The specialist, and a copy of what the student starts from: frozen models outside ZeRO, or what a cache holds.
+
+    None but in "dual". Raises: CheckpointError for a teacher that cannot teach, DataError for a stale cache.
+    """
     if job.stage != "dual":
         return None
     assert job.action_teacher is not None
     assert job.init is not None
-    return Teachers.in_process(action=_frozen(job.action_teacher), reasoning=_frozen(job.init))
+    config = load_config(job.init)
+    student = Processor.load(job.init, config)
+    both: dict[Domain, str] = {"robot": job.action_teacher, "multimodal": job.init}
+    folders = {domain: both[domain] for domain in job.config.taught}
+    if job.teacher_cache is not None:
+        temperature = job.config.losses.temperature
+        return load_cache(job.teacher_cache, teachers=folders, student=student, config=config, temperature=temperature)
+    models = {domain: _frozen(folder, student, device) for domain, folder in folders.items()}
+    return Teachers.in_process(action=models.get("robot"), reasoning=models.get("multimodal"))
 
 
-def _frozen(folder: str) -> VLA:
-    model, _, _ = load_model(folder)
-    return model.eval().requires_grad_(False)
+def _collate(
+    processor: Processor, samples: list[Sample], teachers: Teacher | None, seed: int, step: int
+) -> dict[str, Tensor]:
+    """The batch of a step, in views that the cache holds if there is one."""
+    if isinstance(teachers, TeacherCache):
+        return teachers.collate(processor, samples, seed, step)
+    return processor.collate(samples, seed=seed, step=step)
+
+
+def _frozen(folder: str, student: Processor, device: torch.device) -> VLA:
+    model, processor, config = load_model(folder)
+    check_teacher(config, processor, student, folder)
+    return model.eval().requires_grad_(False).to(device)
+
+
+def _on(device: torch.device, batch: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {name: tensor.to(device, non_blocking=True) for name, tensor in batch.items()}
 
 
 def _step(
-    engine: Any, batch: dict[str, Tensor], micro_batches: int, teachers: Teachers | None, job: TrainJob, step: int
+    engine: Any, batch: dict[str, Tensor], micro_batches: int, teachers: Teacher | None, job: TrainJob, step: int
 ) -> dict[str, float]:
     """One optimiser step on this worker's samples. Returns the global batch's metrics."""
     parts = _split(batch, micro_batches)
     counts = loss_counts(batch)
     dist.all_reduce(counts)
     counts /= dist.get_world_size() * micro_batches
+    conflict: dict[str, float] = {}
+    if job.config.conflict_every and step % job.config.conflict_every == 0:
+        with torch.autocast(engine.device.type, torch.bfloat16, enabled=job.config.zero.dtype == "bf16"):
+            targets = teachers.targets(parts[0]) if teachers is not None else {}
+            conflict = gradient_conflict(engine.module, parts[0], counts, job.config.losses, targets)
     torch.manual_seed(hash((job.seed, step, dist.get_rank())))  # dropout: a resumed step repeats the one that was lost
     lr = zero.learning_rate(step, job.config)
     zero.set_learning_rate(engine, lr)
@@ -156,18 +198,25 @@ def _step(
         engine.backward(out["loss"])
         engine.step()
         for name, value in out.items():
-            totals[name] = totals.get(name, torch.zeros(())) + value.detach().float() / micro_batches
+            totals[name] = totals.get(name, 0.0) + value.detach().float() / micro_batches
     names = sorted(totals)
     values = torch.stack([totals[name] for name in names])
     dist.all_reduce(values)
     metrics = dict(zip(names, (values / dist.get_world_size()).tolist(), strict=True))
-    if not math.isfinite(metrics["loss"]):
-        terms = ", ".join(f"{name} {value}" for name, value in metrics.items())
-        raise TrainingError(
-            f"The loss of step {step + 1} is not finite ({terms}); batch: {', '.join(sorted(batch))}.",
-            "lower lr, or look for broken rows with `dualvla prune`",
-        )
-    return metrics | {"lr": lr, "grad_norm": float(engine.get_global_grad_norm() or 0.0)}
+    return metrics | conflict | {"lr": lr, "grad_norm": float(engine.get_global_grad_norm() or 0.0)}
+
+
+def _give_up(job: TrainJob, step: int, metrics: dict[str, float], batch: dict[str, Tensor], keys: list[int]) -> None:
+    """Keeps this worker's share of the batch for whoever looks into it, and stops. Raises: TrainingError."""
+    url = Path(job.out, "failed", f"step-{step + 1:08d}-rank-{dist.get_rank()}.safetensors")
+    url.parent.mkdir(exist_ok=True)
+    save_file({n: t.contiguous() for n, t in batch.items()}, url, metadata={"rows": json.dumps(keys)})
+    dist.barrier()
+    terms = ", ".join(f"{name} {value}" for name, value in metrics.items())
+    raise TrainingError(
+        f"The loss of step {step + 1} is not finite ({terms}).",
+        f"lower lr, or look at the batch and its row numbers in '{url.parent}'",
+    )
 
 
 def _split(batch: dict[str, Tensor], parts: int) -> list[dict[str, Tensor]]:
@@ -195,14 +244,14 @@ def _resume_root(job: TrainJob) -> Path:
 
 def _save(job: TrainJob, engine: Any, averages: zero.Averages, step: int) -> None:
     root, rank = _resume_root(job), dist.get_rank()
-    folder = [str(resume.open_new(root, step))] if rank == 0 else [""]
+    folder = [str(resume.open_new(root, step)) if rank == 0 else ""]
     dist.broadcast_object_list(folder)
     with storage.writing(str(root)):
         _save_engine(engine, folder[0])
         save_file(averages.state(), os.path.join(folder[0], f"averages-{rank}.safetensors"))
     dist.barrier()
     if rank == 0:
-        resume.commit(root, step, {"workers": dist.get_world_size()})
+        resume.commit(Path(folder[0]), step, {"workers": dist.get_world_size()})
     dist.barrier()
 
 
@@ -215,19 +264,27 @@ def _save_engine(engine: Any, folder: str) -> None:
         raise
 
 
-def _restore(job: TrainJob, engine: Any, averages: zero.Averages) -> int:
-    """Loads the newest resume state. Returns how many steps are done."""
-    saved = resume.newest(_resume_root(job))
-    if saved is None:
-        return 0
-    workers = saved.facts["workers"]
-    if workers != dist.get_world_size():
-        raise CheckpointError(
-            f"'{saved.folder}' was written by {workers} workers, not {dist.get_world_size()}.",
-            f"go on with --workers {workers}",
-        )
-    engine.load_checkpoint(str(saved.folder), tag=_STATE)
-    averages.load(load_file(saved.folder / f"averages-{dist.get_rank()}.safetensors"))
+def _restore(job: TrainJob, engine: Any, averages: zero.Averages, saved: resume.Saved) -> int:
+    """Loads a resume state, whatever number of workers wrote it. Returns how many steps are done."""
+    writers, world, rank = saved.facts["workers"], dist.get_world_size(), dist.get_rank()
+    if writers == world:
+        engine.load_checkpoint(str(saved.folder), tag=_STATE)
+    else:
+        if job.config.zero.stage != 3:
+            raise CheckpointError(
+                f"'{saved.folder}' was written by {writers} workers, not {world}.",
+                f"go on with --workers {writers}; with zero.stage=3 any number could",
+            )
+        folder = _resume_root(job) / _RESHAPED
+        if rank == 0:
+            shutil.rmtree(folder, ignore_errors=True)
+            zero.universal_state(str(saved.folder / _STATE), str(folder / _STATE))
+        dist.barrier()
+        zero.load_universal_state(engine, str(folder), _STATE)
+        dist.barrier()
+        if rank == 0:
+            shutil.rmtree(folder)
+    averages.load([load_file(saved.folder / f"averages-{writer}.safetensors") for writer in range(writers)], rank)
     log.info("resuming after step %d", saved.step)
     return saved.step
 

@@ -1,6 +1,6 @@
 """The DeepSpeed engine around a model: set-up, learning rate, averaged weights, and whole weights out of shards.
 
-Knows nothing of data, losses or files. Every function here is called by all workers together.
+Knows nothing of data or losses. Every function here is called by all workers together, unless it says otherwise.
 """
 
 from __future__ import annotations
@@ -8,22 +8,27 @@ from __future__ import annotations
 import contextlib
 import math
 import os
-from collections.abc import Iterator
+import subprocess
+import sys
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from dualvla.errors import CheckpointError
 from dualvla_pipelines.recipes import TrainConfig, ZeroConfig
 
 # DeepSpeed allocates whole buckets up front; its defaults (2 GB each) are made for models a thousand times larger.
 _MAX_BUCKET_ELEMENTS = 500_000_000
 
 
-def initialize(model: nn.Module, config: TrainConfig, micro_batches: int) -> Any:
+def initialize(model: nn.Module, config: TrainConfig, micro_batches: int, universal: bool = False) -> Any:
     """A DeepSpeed engine that trains the parameters of `model` that require grad.
 
-    micro_batches: backward passes a step. Weight decay is applied to matrices only. torch.distributed must be up.
+    micro_batches: backward passes a step. universal: its `load_checkpoint` reads what `universal_state` made. Weight
+    decay is applied to matrices only. torch.distributed must be up.
     """
     os.environ.setdefault("DS_ACCELERATOR", "cuda" if torch.cuda.is_available() else "cpu")  # read at import
     import deepspeed
@@ -41,9 +46,43 @@ def initialize(model: nn.Module, config: TrainConfig, micro_batches: int) -> Any
         model=model,
         optimizer=optimizer,
         dist_init_required=False,
-        config=_engine_config(config.zero, config.grad_clip, micro_batches, sum(p.numel() for p in model.parameters())),
+        config={
+            **_engine_config(config.zero, config.grad_clip, micro_batches, sum(p.numel() for p in model.parameters())),
+            "checkpoint": {"load_universal": universal},
+        },
     )
     return engine
+
+
+def universal_state(saved: str, out: str) -> None:
+    """Rewrites a ZeRO-3 state that `engine.save_checkpoint` made in DeepSpeed's universal format, which any number of
+    workers can load. Called by one worker. Raises: CheckpointError with DeepSpeed's own words."""
+    command = [sys.executable, "-m", "deepspeed.checkpoint.ds_to_universal", "--input_folder", saved]
+    ended = subprocess.run(
+        [*command, "--output_folder", out, "--num_extract_workers", "1", "--num_merge_workers", "1"],
+        capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    if ended.returncode:
+        last = (ended.stderr or ended.stdout).strip().splitlines()[-1:]
+        raise CheckpointError(
+            f"'{saved}' cannot be taken over by another number of workers: {' '.join(last)}",
+            "go on with the number of workers that wrote it",
+        )
+
+
+def load_universal_state(engine: Any, folder: str, tag: str) -> None:
+    """`engine.load_checkpoint` of a universal state, with what DeepSpeed 0.19 gets wrong in it put right.
+
+    It gives all groups one and the same step counter, which each of them then advances, and the hyperparameters of the
+    first group, so that what is exempt from weight decay no longer is.
+    """
+    optimizer = engine.optimizer.optimizer
+    decays = [group["weight_decay"] for group in optimizer.param_groups]
+    engine.load_checkpoint(folder, tag=tag)
+    for group, decay in zip(optimizer.param_groups, decays, strict=True):
+        group["weight_decay"] = decay
+    for state in optimizer.state.values():
+        state["step"] = state["step"].clone()
 
 
 def _engine_config(zero: ZeroConfig, grad_clip: float, micro_batches: int, elements: int) -> dict[str, Any]:
@@ -97,6 +136,7 @@ class Averages:
 
     def __init__(self, engine: Any, decay: float):
         self._masters = _masters(engine)
+        self._parts = _parts(engine) if engine.zero_optimization_stage() == 3 else None
         self._decay = decay
         self.shadows = [master.detach().clone() for master in self._masters]
 
@@ -107,12 +147,24 @@ class Averages:
         torch._foreach_lerp_(self.shadows, [master.detach() for master in self._masters], 1 - decay)
 
     def state(self) -> dict[str, Tensor]:
-        return {f"shard{i}": shadow for i, shadow in enumerate(self.shadows)}
+        """This worker's part, by parameter under ZeRO-3 (so that another number of workers can take it over)."""
+        if self._parts is None:
+            return {f"shard{i}": shadow for i, shadow in enumerate(self.shadows)}
+        return {part.name: self.shadows[part.group][part.start : part.start + part.size] for part in self._parts}
 
     @torch.no_grad()
-    def load(self, state: dict[str, Tensor]) -> None:
-        for i, shadow in enumerate(self.shadows):
-            shadow.copy_(state[f"shard{i}"])
+    def load(self, states: Sequence[dict[str, Tensor]], rank: int) -> None:
+        """states: what `state` gave on each of the workers that saved, in order of their ranks."""
+        if self._parts is None:
+            for i, shadow in enumerate(self.shadows):
+                shadow.copy_(states[rank][f"shard{i}"])
+            return
+        for part in self._parts:
+            whole = torch.cat([state[part.name] for state in states])[: part.numel]
+            own = whole[rank * part.size : (rank + 1) * part.size]
+            shadow = self.shadows[part.group][part.start : part.start + part.size]
+            shadow.zero_()  # what pads the last worker's part
+            shadow[: len(own)].copy_(own)
 
     @contextlib.contextmanager
     def in_place(self) -> Iterator[None]:
@@ -129,6 +181,29 @@ class Averages:
             held = master.detach().clone()
             master.detach().copy_(shadow)
             shadow.copy_(held)
+
+
+@dataclass(frozen=True)
+class _Part:
+    """Where a worker's part of a parameter of `numel` elements lies in the flat master weights of its group."""
+
+    name: str
+    group: int
+    start: int
+    size: int
+    numel: int
+
+
+def _parts(engine: Any) -> list[_Part]:
+    names = {id(parameter): name for name, parameter in engine.module.named_parameters()}
+    parts = []
+    for group, parameters in enumerate(engine.optimizer.fp16_groups):
+        start = 0
+        for parameter in parameters:
+            size = parameter.partition_numel()
+            parts.append(_Part(names[id(parameter)], group, start, size, parameter.ds_numel))
+            start += size
+    return parts
 
 
 def _masters(engine: Any) -> list[Tensor]:

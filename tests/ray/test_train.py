@@ -9,6 +9,7 @@ from pathlib import Path
 import psutil
 import pytest
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file
 
 from dualvla.errors import CheckpointError, OutputError, TrainingError, UsageError
@@ -105,6 +106,31 @@ def test_the_dual_stage_resumes_and_shards_exactly_too(straight, data, tmp_path)
 
 
 @pytest.mark.slow
+def test_another_number_of_workers_goes_on_where_the_last_ones_stopped(straight, data, tmp_path):
+    out = tmp_path / "reshaped"
+    for workers, steps in ((2, 1), (1, 2), (2, None)):
+        run("specialist", data, out, workers=workers, stop_after=steps)
+    assert_close(losses(out), losses(straight), 1e-4)
+    ours, theirs = weights(out), weights(straight)
+    assert all(torch.allclose(ours[name], theirs[name], atol=1e-4) for name in theirs)
+
+
+@pytest.mark.slow
+def test_looking_at_gradients_changes_no_step_and_does_not_depend_on_the_workers(straight, data, tmp_path):
+    given = {"init": str(straight)}
+    looking = "reasoning.conflict_every=2"
+    run("reasoning", data, tmp_path / "plain", **given)
+    run("reasoning", data, tmp_path / "one", looking, **given)
+    run("reasoning", data, tmp_path / "two", looking, workers=2, **given)
+    one, two, plain = (losses(tmp_path / name) for name in ("one", "two", "plain"))
+    seen = {name for name in one[0] if name.startswith("grad_")} - {"grad_norm"}
+    assert {"grad_norm/lm", "grad_norm/flow", "grad_cosine"} <= seen
+    assert all(-1 <= line["grad_cosine"] <= 1 for line in (one[0], one[2]))
+    assert_close(two, one, 1e-4)
+    assert [{k: v for k, v in line.items() if k not in seen} for line in one] == plain
+
+
+@pytest.mark.slow
 def test_a_damaged_resume_state_costs_steps_not_results(straight, data, tmp_path):
     out = tmp_path / "damaged"
     run("specialist", data, out, stop_after=3)
@@ -134,9 +160,14 @@ def kill_worker_after(metrics, steps):
 
 
 @pytest.mark.slow
-def test_a_loss_that_is_not_finite_ends_training_naming_the_step(data, tmp_path, ray_cluster):
-    with pytest.raises(TrainingError, match=r"step \d.*instruction_ids"):
-        run("specialist", data, tmp_path / "nan", "specialist.lr=1e30", "specialist.grad_clip=1e30")
+def test_a_loss_that_is_not_finite_ends_training_and_keeps_the_batch(data, tmp_path, ray_cluster):
+    out = tmp_path / "nan"
+    with pytest.raises(TrainingError, match=r"step \d"):
+        run("specialist", data, out, "specialist.lr=1e30", "specialist.grad_clip=1e30")
+    (kept,) = (out / "failed").iterdir()
+    with safe_open(kept, "pt") as batch:
+        rows = json.loads(batch.metadata()["rows"])
+        assert len(set(rows)) == len(batch.get_tensor("images")) == 8
 
 
 def test_what_does_not_fit_is_refused_before_anything_is_claimed(straight, data, tmp_path):

@@ -7,7 +7,7 @@ def save(root, step, text="state"):
     folder = resume.open_new(root, step)
     (folder / "inner").mkdir()
     (folder / "inner" / "state.pt").write_text(f"{text} {step}")
-    resume.commit(root, step, {"workers": 1})
+    resume.commit(folder, step, {"workers": 1})
 
 
 def test_the_newest_of_the_last_two_is_found(tmp_path):
@@ -35,3 +35,15 @@ def test_a_state_whose_hashes_disagree_is_passed_over(tmp_path):
     assert resume.newest(tmp_path).step == 2
     (tmp_path / "step-00000002" / "hashes.json").unlink()
     assert resume.newest(tmp_path) is None
+
+
+def test_the_workers_of_a_killed_driver_do_not_write_into_the_next_ones_state(tmp_path):
+    orphaned, ours = resume.open_new(tmp_path, 2), resume.open_new(tmp_path, 2)
+    (ours / "state.pt").write_text("whole")
+    (orphaned / "state.pt").write_text("hal")
+    resume.commit(ours, 2, {})
+    found = resume.newest(tmp_path)
+    assert (found.folder / "state.pt").read_text() == "whole"
+    resume.discard_unfinished(tmp_path)
+    assert not orphaned.exists()
+    assert resume.newest(tmp_path) == found

@@ -18,10 +18,12 @@ def _configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--out", required=True, help="checkpoint folder to make")
     parser.add_argument("--init", help="checkpoint to start from (reasoning, dual)")
     parser.add_argument("--action-teacher", help="the specialist's checkpoint (dual)")
+    parser.add_argument("--teacher-cache", metavar="DIR", help="what `dualvla teach` has made of both teachers (dual)")
     parser.add_argument("--workers", type=int, default=1, help="ZeRO-3 shards; changes losses by rounding only")
     parser.add_argument(
         "--threads", type=int, help="PyTorch threads a worker (default: the machine's cores shared out)"
     )
+    parser.add_argument("--gpus", type=float, help="GPUs a worker (default: 1 if the cluster has one for each, else 0)")
     parser.add_argument("--seed", type=int, default=0, help="of weights, order of samples and noise")
     parser.add_argument("--stop-after", type=int, metavar="STEP", help="stop after this step, resumable")
     parser.add_argument(
@@ -43,8 +45,10 @@ def _run(arguments: argparse.Namespace) -> dict[str, Any]:
         arguments.out,
         init=arguments.init,
         action_teacher=arguments.action_teacher,
+        teacher_cache=arguments.teacher_cache,
         workers=arguments.workers,
         threads=arguments.threads,
+        gpus=arguments.gpus,
         seed=arguments.seed,
         assignments=arguments.set,
         stop_after=arguments.stop_after,
