@@ -18,7 +18,7 @@ SPEC = PolicySpec("ee_delta_pose+gripper", 5.0, ("main",), "reasoning", horizon=
 class CountingPolicy:
     """Remembers how often each session asked. actions[:, 0]: that count; [:, 1]: mean pixel; [:, 2]: proprio's sum.
 
-    An instruction may order a fault: "nan", "raise", or "slow" (0.2 s for the whole batch).
+    An instruction may order a fault: "nan", "raise", or "slow" (0.2 s for the whole batch), "very slow" (1.5 s).
     """
 
     spec = SPEC
@@ -31,6 +31,8 @@ class CountingPolicy:
             raise RuntimeError("secret detail of the policy")
         if any(o.instruction == "slow" for o in observations):
             time.sleep(0.2)
+        if any(o.instruction == "very slow" for o in observations):
+            time.sleep(1.5)
         return [self._reply(o, session, len(observations)) for o, session in zip(observations, sessions, strict=True)]
 
     def reset(self, session: str) -> None:

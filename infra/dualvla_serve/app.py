@@ -13,7 +13,9 @@ GET  /status          the status page, where it is switched on
 
 from __future__ import annotations
 
+import asyncio
 import time
+import uuid
 from collections.abc import Callable
 from dataclasses import asdict
 from typing import Any
@@ -113,11 +115,10 @@ def _add_serving(app: FastAPI, replica: Replica) -> None:
         arrived = time.monotonic()
         principal = identity_of(request.scope).id
         replica.rate.admit(principal)
-        body = _parse(await _read(request, replica.config.wire))
-        asked = http_json.request_from_json(body.model_dump())
+        response.headers[REQUEST_ID] = request.headers.get(REQUEST_ID, uuid.uuid4().hex)[:128]
+        content = await _read(request, replica.config.wire)
+        asked = await asyncio.to_thread(_request_of, content)  # pictures and long lists take milliseconds to decode
         decode_ms = (time.monotonic() - arrived) * 1000
-        if REQUEST_ID in request.headers:
-            response.headers[REQUEST_ID] = request.headers[REQUEST_ID][:128]
         async with replica.http_session(_session_of(request), principal, _options_of(request, replica)) as session:
             reply = await replica.answer(session, asked, Arrival(arrived, decode_ms))
         return _as_json(reply)
@@ -250,6 +251,10 @@ async def _read(request: Request, limits: WireLimits) -> bytes:
         if len(body) > limits.max_message_bytes:
             raise WireError(f"A body of more than {limits.max_message_bytes} bytes is refused.")
     return bytes(body)
+
+
+def _request_of(content: bytes) -> messages.Request:
+    return http_json.request_from_json(_parse(content).model_dump())
 
 
 def _parse(body: bytes) -> InferRequest:

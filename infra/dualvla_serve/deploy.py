@@ -27,7 +27,7 @@ from ray.exceptions import RayError
 from ray.serve.config import AutoscalingConfig, AutoscalingPolicy, HTTPOptions
 
 from dualvla.config import from_dict
-from dualvla.errors import PlatformError, PolicyError, UsageError
+from dualvla.errors import DualVLAError, PlatformError, PolicyError, UsageError
 from dualvla.schema import Observation, PolicyReply, PolicySpec
 from dualvla_serve import link, logs, scaling
 from dualvla_serve.app import create_app
@@ -64,7 +64,7 @@ class PolicyReplica:
         self._source = source
         hub = RayHub(config.name, config.state_dir, config.lifetimes.idle_s)
         name = serve.get_replica_context().replica_id.unique_id
-        self._replica = Replica(config, hub, name)
+        self._replica = Replica(config, hub, name, self._exchange)
         self._keys = KeyFile(config.keys_file) if config.keys_file is not None else None
         self._app = create_app(self._replica, self._keys.identify if self._keys else None, _status_page(config))
         self._listener: Listener | None = None
@@ -86,6 +86,16 @@ class PolicyReplica:
         await self._replica.start(sources)
         gc.collect()
         gc.freeze()  # what lives as long as the replica is not looked through again at every collection
+
+    async def _sources(self, models: Mapping[str, str]) -> dict[str, ModelSource]:
+        return {name: await asyncio.to_thread(self._source, text) for name, text in models.items()}
+
+    async def _exchange(self, models: Mapping[str, str]) -> None:
+        """A model that does not load leaves its old version at work; a wrong folder leaves all as they are."""
+        try:
+            await self._replica.update(await self._sources(models))
+        except DualVLAError as error:
+            log.error("the models stay as they are: %s", error)
 
     async def _listen(self, first: int, last: int) -> None:
         config = self._config
@@ -204,11 +214,6 @@ def serving(source: OpenSource, models: Mapping[str, str], config: EndpointConfi
         yield base
     finally:
         _stop(config.name)
-
-
-def exchange(source: OpenSource, models: Mapping[str, str], config: EndpointConfig) -> None:
-    """Other models, or other versions, for an endpoint that is running with this very config; no robot is dropped."""
-    serve.run(build(source, models, config), name=config.name, route_prefix="/", logging_config=_QUIET, blocking=False)
 
 
 def _start(config: EndpointConfig, port: int) -> None:

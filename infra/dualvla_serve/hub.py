@@ -39,12 +39,14 @@ class Report:
 @dataclass(frozen=True)
 class News:
     """What a replica must know. lost: claims (session, epoch) that another connection has taken over. closing: the
-    endpoint ends; finish what there is."""
+    endpoint ends; finish what there is. models: (which order this is, name -> source) of the models that were ordered
+    last, None before any order."""
 
     stop: StopState
     lost: tuple[tuple[str, int], ...] = ()
     watched: tuple[str, ...] = ()
     closing: bool = False
+    models: tuple[int, Mapping[str, str]] | None = None
 
 
 @dataclass(frozen=True)
@@ -108,6 +110,7 @@ class Hub:
         self._frames: dict[str, tuple[int, str, Mapping[str, bytes]]] = {}
         self._changed = asyncio.Condition()
         self._closing = False
+        self._models: tuple[int, Mapping[str, str]] | None = None
         self._epoch = int(time.time() * 1000)  # beyond every claim that a hub before this one gave out
 
     async def exchange(self, replica: str, report: Report | None, version: int, wait_s: float) -> News:
@@ -126,7 +129,7 @@ class Hub:
                 with contextlib.suppress(TimeoutError):
                     await asyncio.wait_for(self._changed.wait_for(news), wait_s)
         watched = tuple(name for name, known in self._sessions.items() if known.watched_until > self._clock())
-        return News(self._latch.state, tuple(self._lost.pop(replica, ())), watched, self._closing)
+        return News(self._latch.state, tuple(self._lost.pop(replica, ())), watched, self._closing, self._models)
 
     async def claim(self, session: str, principal: str, replica: str, resume: int | None) -> Claim:
         """The session is this replica's from now on; whoever had it is told that it is lost.
@@ -201,6 +204,11 @@ class Hub:
         """This replica has closed."""
         self._reports.pop(replica, None)
         self._lost.pop(replica, None)
+
+    async def order(self, models: Mapping[str, str]) -> None:
+        """Has all replicas look at these sources again, and load what is new. They hear of it with their next news."""
+        number = 0 if self._models is None else self._models[0]
+        self._models = (number + 1, dict(models))
 
     async def retire(self) -> None:
         """Tells all replicas that the endpoint ends."""

@@ -73,6 +73,13 @@ class RayHub:
         await _asked(self._actor.gone.remote(replica))
 
 
+def order(endpoint: str, models: Mapping[str, str], timeout_s: float = 10.0) -> None:
+    """Has an endpoint's replicas look at the sources of its models again. Raises: ServerError."""
+    with _translated():
+        actor = ray.get_actor(_name(endpoint), namespace=_NAMESPACE)
+        ray.get(actor.order.remote(dict(models)), timeout=timeout_s)
+
+
 def retire(endpoint: str, timeout_s: float = 10.0) -> None:
     """Lets the replicas of an endpoint finish, then ends its hub. Does nothing where there is none."""
     with contextlib.suppress(ValueError, RayError):

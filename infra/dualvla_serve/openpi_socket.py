@@ -14,7 +14,7 @@ from typing import Any
 from starlette.websockets import WebSocket, WebSocketDisconnect, WebSocketState
 
 from dualvla.errors import DualVLAError, SessionLostError, WireError
-from dualvla.wire import mapping, messages
+from dualvla.wire import images, mapping, messages
 from dualvla.wire.openpi import pack, unpack
 from dualvla.wire.options import SESSION, options_from_query, resume_from_query
 from dualvla_serve.failures import failure_of
@@ -117,7 +117,10 @@ class OpenpiSocket:
         foreign = keys != mapping.OWN
         if foreign:
             own.setdefault("step", session.steps)
-        request = messages.request_from_wire(own)
+        if any(images.is_encoded(value) for value in own.values()):
+            request = await asyncio.to_thread(messages.request_from_wire, own)  # takes milliseconds
+        else:
+            request = messages.request_from_wire(own)
         decode_ms = (time.monotonic() - started) * 1000
         reply = await replica.answer(session, request, Arrival(started, decode_ms, self._previous_ms, foreign))
         session.steps += replica.models.get(session.options.model).runner.spec.execute_steps

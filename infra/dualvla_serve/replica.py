@@ -30,7 +30,7 @@ from dualvla_serve.batching import Asked, NotFiniteError, PolicyRunner
 from dualvla_serve.config import EndpointConfig
 from dualvla_serve.estop import StopState, StopView
 from dualvla_serve.failures import failure_of, kind_of
-from dualvla_serve.hub import ANY, HubLink, Report, Saved
+from dualvla_serve.hub import ANY, HubLink, News, Report, Saved
 from dualvla_serve.limits import ConnectionCounter, RateLimiter
 from dualvla_serve.metrics import Metrics
 from dualvla_serve.models import Model, Models, ModelSource
@@ -70,7 +70,17 @@ class Arrival:
 
 
 class Replica:
-    def __init__(self, config: EndpointConfig, link: HubLink, name: str = "local"):
+    def __init__(
+        self,
+        config: EndpointConfig,
+        link: HubLink,
+        name: str = "local",
+        exchange: Callable[[Mapping[str, str]], Awaitable[None]] | None = None,
+    ):
+        """exchange: what to do when other models (name -> source) are ordered at the hub."""
+        self._exchange = exchange
+        self._order = 0
+        self._exchanging: asyncio.Task[None] | None = None
         self.config, self.link, self.name = config, link, name
         self.listener: str | None = None
         self.metrics = Metrics()
@@ -422,8 +432,16 @@ class Replica:
                 return
             self.stop_view.confirm(news.stop)
             self._watched = news.watched
+            self._follow(news)
             for name, epoch in news.lost:
                 await self._lose(name, epoch)
+
+    def _follow(self, news: News) -> None:
+        """Loading takes long, and must not keep the replica from hearing of a stop."""
+        if news.models is None or self._exchange is None or not self.ready or news.models[0] == self._order:
+            return
+        self._order, models = news.models
+        self._exchanging = asyncio.ensure_future(self._exchange(models))
 
     async def _frames(self) -> dict[str, tuple[int, str, Mapping[str, bytes]]]:
         out: dict[str, tuple[int, str, Mapping[str, bytes]]] = {}

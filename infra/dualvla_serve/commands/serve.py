@@ -6,8 +6,8 @@ import argparse
 import json
 import logging
 import os
+import queue
 import signal
-import threading
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
@@ -52,6 +52,7 @@ def add_endpoint_options(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> dict[str, Any]:
     from dualvla.models.checkpoint import load_config
     from dualvla_cluster.connect import connect
+    from dualvla_serve import link
     from dualvla_serve.deploy import DEFAULT_MODEL, checkpoint_source, serving
     from dualvla_serve.keys import read_keys
 
@@ -66,7 +67,9 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
         web, sockets = ("https", "wss") if config.tls else ("http", "ws")
         endpoint = {"websocket": f"{sockets}://{address}", "http": f"{web}://{address}/v1/infer"}
         print(json.dumps(endpoint) if arguments.json else _announcement(endpoint), flush=True)
-        _wait_for_signal()
+        while _wait_for_signal() == signal.SIGHUP:
+            log.info("looking at the checkpoints again")
+            link.order(config.name, models)
         log.info("stopping")
     return {"checkpoint": arguments.checkpoint, **endpoint}
 
@@ -134,12 +137,13 @@ def _mappings(path: str) -> dict[str, Any]:
     return {**BUILT_IN, **{name: from_dict(ObservationKeys, keys, name) for name, keys in named.items()}}
 
 
-def _wait_for_signal() -> None:
-    """Ctrl-C and SIGTERM are how a server is meant to end: it stops cleanly, and the exit code is 0."""
-    stop = threading.Event()
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, lambda *_: stop.set())
-    stop.wait()
+def _wait_for_signal() -> int:
+    """Ctrl-C and SIGTERM are how a server is meant to end: it stops cleanly, and the exit code is 0. SIGHUP: read the
+    checkpoints again."""
+    came: queue.SimpleQueue[int] = queue.SimpleQueue()  # may be used in a signal's handler
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, lambda number, _: came.put(number))
+    return came.get()
 
 
 def _announcement(endpoint: Mapping[str, str]) -> str:
