@@ -14,6 +14,7 @@ GET  /status          the status page, where it is switched on
 from __future__ import annotations
 
 import asyncio
+import logging
 import time
 import uuid
 from collections.abc import Callable
@@ -23,7 +24,9 @@ from urllib.parse import quote
 
 import pydantic
 from fastapi import FastAPI, Request, Response, WebSocket
+from fastapi.exceptions import RequestValidationError
 from fastapi.responses import HTMLResponse, JSONResponse, PlainTextResponse
+from starlette.exceptions import HTTPException
 
 from dualvla.config import to_dict
 from dualvla.errors import DualVLAError, ServerError, WireError
@@ -31,11 +34,13 @@ from dualvla.wire import http_json, messages
 from dualvla.wire.openpi import WireLimits
 from dualvla.wire.options import SESSION, SessionOptions, options_from_query
 from dualvla_serve import metrics
-from dualvla_serve.failures import STATUS, failure_of
+from dualvla_serve.failures import STATUS, failure_of, new_failure
 from dualvla_serve.gate import Gate, Identify, identity_of
 from dualvla_serve.openpi_socket import OpenpiSocket
 from dualvla_serve.replica import Arrival, Replica
 from dualvla_serve.vla_eval_socket import VlaEvalSocket
+
+log = logging.getLogger("dualvla.serve")
 
 REQUEST_ID = "X-Request-Id"
 _PAGE_POLICY = (
@@ -99,12 +104,35 @@ def create_app(replica: Replica, identify: Identify | None, page: Callable[[], s
             headers = {"Content-Security-Policy": _PAGE_POLICY, "Cache-Control": "no-store", "X-Frame-Options": "DENY"}
             return HTMLResponse(page(), headers=headers)
 
+    _add_errors(app)
+    return app
+
+
+def _add_errors(app: FastAPI) -> None:
+    """Whatever goes wrong, the answer is a kind, a message and an id."""
+
     @app.exception_handler(DualVLAError)
     async def explain(request: Request, error: DualVLAError) -> JSONResponse:
         failure = failure_of(error, f"{request.method} {request.url.path}")
         return JSONResponse(failure.to_dict(), STATUS[failure.kind])
 
-    return app
+    @app.exception_handler(RequestValidationError)
+    async def misfit(request: Request, error: RequestValidationError) -> JSONResponse:
+        first = error.errors()[0]
+        where = ".".join(str(part) for part in first["loc"])
+        return await explain(request, WireError(f"'{where[:80]}': {first['msg']}.", "see /openapi.json"))
+
+    @app.exception_handler(HTTPException)
+    async def no_route(request: Request, error: HTTPException) -> JSONResponse:
+        failure = new_failure("not_found" if error.status_code == 404 else "bad_request", str(error.detail))
+        return JSONResponse(failure.to_dict(), error.status_code, error.headers)
+
+    @app.exception_handler(Exception)
+    async def broken(request: Request, error: Exception) -> JSONResponse:
+        """A mistake of ours. Starlette raises it on, so the server's log has it."""
+        failure = new_failure("failed", "the server failed on this request")
+        log.error("error %s (%s)", failure.id, request.url.path, extra={"error_id": failure.id}, exc_info=error)
+        return JSONResponse(failure.to_dict(), 500)
 
 
 def _add_serving(app: FastAPI, replica: Replica) -> None:

@@ -34,9 +34,11 @@ class StopState:
 class Latch:
     """Stops take effect before they are written, clearances only after: whatever fails, fails closed."""
 
-    def __init__(self, url: str | None):
-        """url: of the file; None keeps the stop for as long as this process lives."""
+    def __init__(self, url: str | None, restarted: bool = False):
+        """url: of the file; None keeps the stop for as long as this process lives. restarted: a latch before this one
+        died with its process; without a file nobody knows what it held."""
         self._url = url
+        self._restarted = restarted
         self.state = self._load()
 
     def stop(self, reason: str, by: str) -> StopState:
@@ -55,8 +57,8 @@ class Latch:
         return cleared
 
     def _next(self, stopped: bool, reason: str, by: str) -> StopState:
-        now = datetime.now(UTC).isoformat(timespec="milliseconds")
-        return StopState(stopped, reason, by, now, self.state.version + 1)
+        now = datetime.now(UTC)
+        return StopState(stopped, reason, by, now.isoformat(timespec="milliseconds"), next_version(self.state.version))
 
     def _save(self, state: StopState) -> None:
         if self._url is not None:
@@ -64,12 +66,19 @@ class Latch:
 
     def _load(self) -> StopState:
         try:
+            if self._url is None and self._restarted:
+                return StopState(True, "its keeper was restarted, and kept no file", version=next_version(0))
             if self._url is None or not storage.exists(self._url):
                 return StopState(stopped=False)
             return from_dict(StopState, json.loads(storage.read_bytes(self._url)), "emergency stop")
         except (DualVLAError, OSError, ValueError, TypeError, AttributeError) as error:
             log.critical("the emergency stop's file %s cannot be read, so everything stands: %s", self._url, error)
             return StopState(stopped=True, reason="its state could not be read")
+
+
+def next_version(version: int) -> int:
+    """Beyond `version`, and beyond what a latch of an earlier process gave out."""
+    return max(version + 1, int(time.time() * 1000))
 
 
 class StopView:
@@ -90,6 +99,10 @@ class StopView:
         if self._state is None or state.version >= self._state.version:
             self._state = state
             self._confirmed = self._clock()
+
+    def stop_alone(self, reason: str, by: str) -> None:
+        """A stop that could not be told to anybody else; the next change at the hub ends it."""
+        self._state = StopState(True, reason, by, version=next_version(self.version))
 
     def stopped(self) -> StopState | None:
         """The stop that is in force, or None."""

@@ -13,6 +13,7 @@ from ray.exceptions import RayError, RayTaskError
 
 from dualvla.errors import DualVLAError, ServerError
 from dualvla.io import storage
+from dualvla_serve import logs
 from dualvla_serve.estop import Latch, StopState
 from dualvla_serve.hub import Claim, Hub, News, Report, Saved
 
@@ -28,7 +29,9 @@ class HubActor(Hub):
     """One an endpoint, in a process of its own: whatever replica dies, it stays."""
 
     def __init__(self, state_dir: str, endpoint: str, idle_s: float):
-        super().__init__(Latch(latch_url(state_dir, endpoint)), idle_s)
+        logs.use_json()
+        restarted = ray.get_runtime_context().was_current_actor_reconstructed
+        super().__init__(Latch(latch_url(state_dir, endpoint), restarted), idle_s)
 
 
 class RayHub:

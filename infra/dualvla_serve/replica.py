@@ -386,7 +386,12 @@ class Replica:
         return {**await self.link.reports(), self.name: self._report({})}
 
     async def stop(self, reason: str, by: str) -> StopState:
-        return self._confirmed(await self.link.stop(reason, by))
+        """Raises: ServerError if the hub does not answer; this replica stops all the same."""
+        try:
+            return self._confirmed(await self.link.stop(reason, by))
+        except ServerError:
+            self.stop_view.stop_alone(reason, by)
+            raise
 
     async def clear(self, reason: str, by: str) -> StopState:
         return self._confirmed(await self.link.clear(reason, by))

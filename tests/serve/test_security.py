@@ -254,3 +254,16 @@ def test_the_client_is_served_over_a_wrong_clock(monkeypatch: pytest.MonkeyPatch
         for jump_s in (-3e8, 3e8):
             monkeypatch.setattr(time, "time", lambda jump_s=jump_s: real() + jump_s)
             assert client.infer(example())["actions"].shape == (3, 7)
+
+
+@pytest.mark.parametrize(
+    ("method", "path", "found"), [("GET", "/nothing", 404), ("GET", "/v1/infer", 405), ("POST", "/v1/admin/stop", 400)]
+)
+def test_every_answer_is_typed_even_of_routes_that_are_not_there(method: str, path: str, found: int) -> None:
+    with listening() as address:
+        connection = HTTPConnection(address, timeout=10)
+        connection.request(method, path, b'{"reason": 7}' if method == "POST" else None)
+        answer = connection.getresponse()
+        assert answer.status == found
+        assert set(json.loads(answer.read())["error"]) == {"kind", "id", "message"}
+        connection.close()

@@ -207,3 +207,31 @@ def messages_of(instruction: str) -> bytes:
 
 def busy(running: LocalEndpoint) -> bool:
     return not running.replica.models.get("").runner.idle
+
+
+def test_a_stop_that_nobody_else_hears_of_holds_where_it_was_given() -> None:
+    class Dead(DeafHub):
+        async def stop(self, reason: str, by: str) -> StopState:
+            raise ServerError("The hub does not answer.")
+
+    running = endpoint()
+    running.link = Dead(Latch(None), 60.0)
+    with running, talking(running.address) as (connection, _):
+        assert kind(ask(connection)) == "ok"
+        assert post(running.address, "/v1/admin/stop", reason="smoke")[0] == 503
+        assert "smoke" in ask(connection)["error"]["message"]
+        post(running.address, "/v1/admin/clear")
+        eventually(lambda: kind(ask(connection)) == "ok", 5)
+
+
+def test_a_latch_that_lost_its_memory_is_a_stop_newer_than_all_before(tmp_path: Path) -> None:
+    before = Latch(None)
+    old = before.stop("fire", "")
+    view = StopView(5.0)
+    view.confirm(old)
+    after = Latch(None, restarted=True)
+    assert after.state.stopped
+    view.confirm(after.state)
+    view.confirm(after.clear("checked", ""))
+    view.check()
+    assert not Latch(str(tmp_path / "stop"), restarted=True).state.stopped  # its file would have told
