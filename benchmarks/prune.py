@@ -1,16 +1,17 @@
 """`dualvla prune` beside the least that its work could cost, each ratio within one run.
 
-    python benchmarks/prune.py [--only kinematics,files,workers,detector,memory] [--gib 2] [--folder DIR] [--out FILE]
+    python benchmarks/prune.py [--only kinematics,files,detector,memory] [--gib 4.2] [--folder DIR] [--out FILE]
 
 kinematics  Eq. 4 over episodes of 50 frames laid end to end, against a numpy loop over frames, on one core
-files       `prune --mode action` with one worker, against only reading and writing the same parquet with pyarrow
-workers     the same prune with two workers, against one
-detector    `prune --mode scene --detector` with two workers, against that detector on frames decoded beforehand
+files       `prune --mode action` with one worker, against only reading and writing the same parquet with pyarrow;
+            and with two workers, against one
+detector    `prune --mode scene --detector` with two workers on half of the data, against that detector (the default
+            size, untrained) in two processes on frames decoded beforehand
 memory      peak of driver and workers (proportional set size) on the whole data set, against a tenth of it
 
-The data set: --gib of 256 px JPEGs of about 15 KB, no two alike, 50 frames an episode, 25 episodes a part. Ray is up
-before anything is timed; starting the workers, the report and the manifest are part of the time. Results are merged
-into benchmarks/results/prune.json, so that the parts can be run one at a time.
+The data set: --gib of 256 px JPEGs of about 13 KB, no two alike, 50 frames an episode, 25 episodes a part. Ray is up
+before anything is timed; starting the workers, the manifest and the report are part of the time. Results are merged
+into --out, so that the parts can be run one at a time.
 """
 
 from __future__ import annotations
@@ -31,6 +32,7 @@ from typing import Any
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # before numpy and torch are loaded
 os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+os.environ.setdefault("RAY_worker_niceness", "0")  # else workers give way to all that the baseline does not give way to
 
 import numpy as np
 import psutil
@@ -91,10 +93,21 @@ def best_of(times: int, work: Callable[[], Any]) -> float:
 
 
 def files(data: str, scratch: Path) -> dict[str, float]:
+    size = sum(os.path.getsize(file) for file in dataset.open_dataset(data).files) / 1e6
     read_and_write(data, scratch / "warm", parts=4)
-    baseline = wall(lambda: read_and_write(data, scratch / "plain"))
-    pruned = wall(lambda: prune(data, scratch / "pruned", workers=1))
-    return both_rates(data, "pyarrow_only", baseline, "prune", pruned)
+    seconds = {
+        "pyarrow_only": wall(lambda: read_and_write(data, scratch / "plain")),
+        "one_worker": wall(lambda: prune(data, scratch / "one", workers=1)),
+        "two_workers": wall(lambda: prune(data, scratch / "two", workers=2)),
+    }
+    return {
+        "mb": size,
+        "frames": frames_of(data),
+        **{f"{name}_mb_per_s": size / s for name, s in seconds.items()},
+        "one_worker_frames_per_s": frames_of(data) / seconds["one_worker"],
+        "ratio": seconds["pyarrow_only"] / seconds["one_worker"],
+        "two_workers_ratio": seconds["one_worker"] / seconds["two_workers"],
+    }
 
 
 def read_and_write(data: str, out: Path, parts: int | None = None) -> None:
@@ -107,14 +120,8 @@ def read_and_write(data: str, out: Path, parts: int | None = None) -> None:
     shutil.rmtree(out)
 
 
-def workers(data: str, scratch: Path) -> dict[str, float]:
-    one = wall(lambda: prune(data, scratch / "one", workers=1))
-    two = wall(lambda: prune(data, scratch / "two", workers=2))
-    return both_rates(data, "one_worker", one, "two_workers", two)
-
-
 def detector(data: str, scratch: Path) -> dict[str, float]:
-    """The detector's own rate: two processes, like the workers, each on a part's frames decoded beforehand."""
+    """The own rate is that of two processes, like the workers, each on a part's frames at their full size."""
     import ray
     import torch
 
@@ -131,9 +138,9 @@ def detector(data: str, scratch: Path) -> dict[str, float]:
     for actor in actors:
         ray.kill(actor)
     own_rate = 2 * repeats * STEPS * EPISODES_PER_PART / own
-    frames = frames_of(data)
-    pruned = wall(lambda: prune(data, scratch / "scene", workers=2, mode="scene", detector=folder))
-    return {"own_frames_per_s": own_rate, "frames_per_s": frames / pruned, "ratio": frames / pruned / own_rate}
+    half = write_subset(data, scratch / "half", len(dataset.open_dataset(data).files) // 2)
+    rate = frames_of(half) / wall(lambda: prune(half, scratch / "scene", workers=2, mode="scene", detector=folder))
+    return {"frames": frames_of(half), "own_frames_per_s": own_rate, "frames_per_s": rate, "ratio": rate / own_rate}
 
 
 class OwnRate:
@@ -152,8 +159,7 @@ class OwnRate:
 
 def memory(data: str, scratch: Path) -> dict[str, float]:
     """The tenth comes first, so that nothing is left over for it from the whole."""
-    tenth = str(scratch / "tenth")
-    write_subset(data, tenth, max(4, len(dataset.open_dataset(data).files) // 10))
+    tenth = write_subset(data, scratch / "tenth", len(dataset.open_dataset(data).files) // 10)
     peaks = {}
     for name, source in (("tenth", tenth), ("whole", data)):
         with peak_pss_mb() as peak:
@@ -204,18 +210,6 @@ def wall(work: Callable[[], Any]) -> float:
     started = time.perf_counter()
     work()
     return time.perf_counter() - started
-
-
-def both_rates(data: str, baseline: str, baseline_s: float, name: str, seconds: float) -> dict[str, float]:
-    size = sum(os.path.getsize(file) for file in dataset.open_dataset(data).files)
-    return {
-        "mb": size / 1e6,
-        "frames": frames_of(data),
-        f"{baseline}_mb_per_s": size / 1e6 / baseline_s,
-        f"{name}_mb_per_s": size / 1e6 / seconds,
-        f"{name}_frames_per_s": frames_of(data) / seconds,
-        "ratio": baseline_s / seconds,
-    }
 
 
 def make_data(folder: str, gib: float) -> None:
@@ -271,19 +265,21 @@ def make_part(part: int, pictures: list[bytes], rng: np.random.Generator) -> pa.
     return pa.table([pa.array(columns.get(field.name, nothing), type=field.type) for field in schema], schema=schema)
 
 
-def write_subset(data: str, out: str, parts: int) -> None:
-    manifest.begin(out, dataset.KIND, {"parts": parts}, {})
-    os.makedirs(os.path.join(out, "data"))
+def write_subset(data: str, out: Path, parts: int) -> str:
+    """A data set of the first parts, which are linked and not copied."""
+    manifest.begin(out_url := str(out), dataset.KIND, {"parts": parts}, {})
+    (out / "data").mkdir()
     for file in dataset.open_dataset(data).files[:parts]:
-        os.link(file, os.path.join(out, "data", Path(file).name))
-    dataset.finish_dataset(out, {"parts": parts}, {}, rows_in=parts * STEPS * EPISODES_PER_PART)
+        os.link(file, out / "data" / Path(file).name)
+    dataset.finish_dataset(out_url, {"parts": parts}, {}, rows_in=parts * STEPS * EPISODES_PER_PART)
+    return out_url
 
 
 def costs(found: dict[str, Any]) -> dict[str, float]:
     """Core hours extrapolated from the measured rates, at 50 frames an episode."""
     rates = {}
     if "files" in found:
-        rates["action_only"] = found["files"]["prune_frames_per_s"]
+        rates["action_only"] = found["files"]["one_worker_frames_per_s"]
     if "detector" in found:
         rates["detector"] = found["detector"]["frames_per_s"] / 2
     amounts = {"vla_it": SAMPLES_VLA_IT, "million_episodes": EPISODES_LARGE * STEPS}
@@ -293,7 +289,6 @@ def costs(found: dict[str, Any]) -> dict[str, float]:
 PARTS: dict[str, Callable[[str, Path], dict[str, float]]] = {
     "kinematics": lambda data, scratch: kinematics(),
     "files": files,
-    "workers": workers,
     "detector": detector,
     "memory": memory,
 }
@@ -302,7 +297,7 @@ PARTS: dict[str, Callable[[str, Path], dict[str, float]]] = {
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--only", default=",".join(PARTS), help="which parts, separated by commas")
-    parser.add_argument("--gib", type=float, default=2.1, help="size of the data set (GiB)")
+    parser.add_argument("--gib", type=float, default=4.2, help="size of the data set (GiB)")
     parser.add_argument("--folder", default=None, help="where the data set is made, or lies already")
     parser.add_argument("--out", type=Path, default=RESULTS)
     arguments = parser.parse_args()
