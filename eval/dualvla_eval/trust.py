@@ -148,10 +148,10 @@ def _sensitivity(
 
 
 def _donor(trajectories: Sequence[Trajectory], index: int) -> Trajectory:
-    """The next one whose task reads otherwise; itself if there is none."""
+    """The next one whose task reads otherwise and whose policy wrote something; itself if there is none."""
     own = trajectories[index].row["instruction"]
     others = (trajectories[(index + k) % len(trajectories)] for k in range(1, len(trajectories)))
-    return next((t for t in others if t.row["instruction"] != own), trajectories[index])
+    return next((t for t in others if t.row["instruction"] != own and any(t.reasoning)), trajectories[index])
 
 
 def _twins(judge: Judge, rows: Sequence[tuple[str, _Row]], config: TrustConfig) -> list[dict[str, Any]]:

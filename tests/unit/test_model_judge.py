@@ -10,6 +10,7 @@ from judge_fakes import KEY, FakeEndpoint, Response, answer, evaluation, make_ju
 
 from dualvla.errors import ServerError, UsageError
 from dualvla_eval import results
+from dualvla_eval.frames import Frames
 from dualvla_eval.judges import get_judge
 from dualvla_eval.judges.chat import BudgetError
 from dualvla_eval.judges.model import NOT_FILMED, Variant
@@ -207,9 +208,16 @@ def test_retries_count_too_and_what_was_judged_is_kept(tmp_path, some):
 
 
 def test_what_was_not_filmed_is_unjudged(tmp_path, some):
+    (tmp_path / "bad.mp4").write_bytes(b"no film")
+    damaged = replace(some[0], frames=Frames(str(tmp_path / "bad.mp4"), str(tmp_path / "none.parquet")))
+    gone = replace(some[0], frames=Frames(str(tmp_path / "gone.mp4"), str(tmp_path / "none.parquet")))
     with FakeEndpoint() as endpoint:
-        verdicts = make_judge(endpoint, tmp_path / "store").judge([replace(some[0], frames=None), some[1]])
-    assert [v.unjudged for v in verdicts] == [NOT_FILMED, None]
+        judge = make_judge(endpoint, tmp_path / "store")
+        verdicts = judge.judge([replace(some[0], frames=None), damaged, gone, some[1]])
+    why = [v.unjudged for v in verdicts]
+    assert (why[0], why[3]) == (NOT_FILMED, None)
+    assert "bad.mp4' is not a readable film" in why[1]
+    assert "gone.mp4' does not exist" in why[2]
     assert len(endpoint.requests) == 1
 
 

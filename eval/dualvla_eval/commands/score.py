@@ -69,11 +69,12 @@ def _render(result: Mapping[str, Any]) -> str:
             str(p["n"]),
             *[_figure(p[part]) for part in ("R", "A", "I", "RA", "success")],
             f"{_figure(p['score'])} ({_figure(p['low'])} .. {_figure(p['high'])})",
+            str(p["without_reasoning"]) if p["kind"] == "reasoning" else "-",
             f"{p['unjudged']} ({_figure(p['worst'])} .. {_figure(p['best'])})" if p["unjudged"] else "0",
         ]
         for name, p in result["policies"].items()
     ]
-    header = ["policy", "n", "R", "A", "I", "RA", "success", "VLA Score (95 %)", "unjudged (score if worst .. best)"]
+    header = ["policy", "n", "R", "A", "I", "RA", "success", "VLA Score (95 %)", "silent", "unjudged (worst .. best)"]
     title = f"VLA Score, judge {result['judge']}" + (", unchanged" if result["skipped"] else "")
     return "\n".join([table(title, header, rows), *_differences(result["differences"]), result["out"]])
 

@@ -18,7 +18,7 @@ from typing import Any, Literal
 import numpy as np
 
 from dualvla import console
-from dualvla.errors import DualVLAError, UsageError
+from dualvla.errors import DataError, DualVLAError, UsageError
 from dualvla.io import manifest
 from dualvla_eval import frames
 from dualvla_eval.judges.base import Advance, Verdict, unheard
@@ -142,22 +142,22 @@ class ModelJudge:
         """
         with ThreadPoolExecutor(_THREADS) as threads:
             questions = self._questions(trajectories, threads)
-            different = {q.key: q for q in reversed(questions) if q is not None}
+            different = {q.key: q for q in reversed(questions) if isinstance(q, _Question)}
             todo = [q for q in different.values() if not self._is_answered(q.key)]
             self.used.cached += len(different) - len(todo)
             self._check_budget(todo)
             advance(len(questions) - len(todo))
-            asked = asyncio.run(self._ask_all(trajectories, todo, advance, threads))
+            asked = asyncio.run(self._ask_all(trajectories, todo, advance, threads)) if todo else {}
         return [
-            Verdict(unjudged=NOT_FILMED) if q is None else asked[q.key] if q.key in asked else self.store.get(q.key)
+            Verdict(unjudged=q) if isinstance(q, str) else asked[q.key] if q.key in asked else self.store.get(q.key)
             for q in questions
         ]
 
     # --- what will be asked -------------------------------------------------------------------------------------------
 
-    def _questions(self, trajectories: Sequence[Trajectory], threads: ThreadPoolExecutor) -> list[_Question | None]:
-        """None for what was not filmed. Prompts are built here once to know their keys, and once more when asked:
-        pictures of thousands of trajectories would not fit into memory."""
+    def _questions(self, trajectories: Sequence[Trajectory], threads: ThreadPoolExecutor) -> list[_Question | str]:
+        """Instead of a question, why there is none. Prompts are built here once to know their keys, and once more when
+        they are asked: pictures of thousands of trajectories would not fit into memory."""
         found = []
         with console.progress(f"frames for {self.name}", len(trajectories)) as advance:
             for question in threads.map(lambda i: self._question(i, trajectories[i]), range(len(trajectories))):
@@ -165,11 +165,16 @@ class ModelJudge:
                 advance(1)
         return found
 
-    def _question(self, index: int, trajectory: Trajectory) -> _Question | None:
-        if trajectory.frames is None or trajectory.num_steps == 0:
-            return None
-        examples = () if self.retriever is None else self.retriever.find(trajectory, self.options.examples)
-        prompt = self._prompt(trajectory, examples)
+    def _question(self, index: int, trajectory: Trajectory) -> _Question | str:
+        if trajectory.num_steps == 0:
+            return "the episode ended before its first step"
+        if trajectory.frames is None:
+            return NOT_FILMED
+        try:
+            examples = () if self.retriever is None else self.retriever.find(trajectory, self.options.examples)
+            prompt = self._prompt(trajectory, examples)
+        except DataError as error:  # one damaged film is one trajectory without a verdict
+            return error.message
         text_tokens = round(prompt.characters / _CHARACTERS_PER_TOKEN)
         picture_tokens = prompt.pictures * _TOKENS_PER_PICTURE[self.options.detail]
         return _Question(self._key(prompt), index, examples, text_tokens + picture_tokens + _REPLY_TOKENS)
