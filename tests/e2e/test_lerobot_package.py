@@ -75,8 +75,10 @@ def lerobot_python() -> str:
     named = os.environ.get("DUALVLA_TEST_LEROBOT")
     if named:
         return named
-    base = shutil.which("python3.12")
-    if base is None or subprocess.run([base, "--version"], capture_output=True).returncode:
+    pyenv = Path(os.environ.get("PYENV_ROOT") or Path.home() / ".pyenv")
+    candidates = ["python3.12", "python3.13", *map(str, sorted(pyenv.glob("versions/3.1[23].*/bin/python")))]
+    base = next((found for name in candidates if (found := shutil.which(name)) and answers(found)), None)
+    if base is None:
         pytest.skip("lerobot 0.6 needs Python 3.12, which is not here (DUALVLA_TEST_LEROBOT may name its python)")
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "dualvla-tests" / "lerobot-0.6.1"
     python = cache / "bin" / "python"
@@ -90,6 +92,11 @@ def lerobot_python() -> str:
                 pytest.skip(f"{PACKAGE} cannot be installed here: {done.stderr.strip().splitlines()[-1:]}")
         (cache / "ready").touch()
     return str(python)
+
+
+def answers(python: str) -> bool:
+    """Not a shim of a version that is not selected."""
+    return subprocess.run([python, "--version"], capture_output=True).returncode == 0
 
 
 def run_in(python: str, script: str, *arguments: str) -> None:
