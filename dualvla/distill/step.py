@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from dualvla.distill.teachers import Forward, Teachers
+from dualvla.distill.teachers import Forward, Teacher
 from dualvla.models.config import LossWeights
 
 
@@ -13,7 +13,7 @@ def training_loss(
     batch: dict[str, Tensor],
     weights: LossWeights,
     counts: Tensor | None = None,
-    teachers: Teachers | None = None,
+    teachers: Teacher | None = None,
 ) -> dict[str, Tensor]:
     """{"loss": with gradient, each term of LOSS_TERMS detached}. `student` is a VLA or an engine around one.
 

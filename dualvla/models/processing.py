@@ -20,6 +20,7 @@ from torch import Tensor
 from dualvla.config import from_dict, to_dict
 from dualvla.errors import CheckpointError, DataError, UsageError
 from dualvla.io import storage
+from dualvla.io.manifest import digest
 from dualvla.models.config import ModelConfig
 from dualvla.models.flow_head import draw_tau
 
@@ -208,8 +209,8 @@ class Processor:
         ids[mask] = torch.tensor([i for t in texts for i in t], dtype=torch.long)
         return {"text_ids": ids, "text_mask": mask}
 
-    def collate(self, samples: Sequence[Sample], seed: int, step: int, train: bool = True) -> Batch:
-        """One training batch; every tensor has leading dimension B = len(samples).
+    def collate(self, samples: Sequence[Sample], seed: int, step: int | Sequence[int], train: bool = True) -> Batch:
+        """One training batch; every tensor has leading dimension B = len(samples). step: of all, or of each sample.
 
         Beside `prompts` and `replies`: labels [B, T + 1] (what follows the prompt and each text token: text, then ACT
         on robot samples, EOS on multimodal ones), robot [B], actions [B, H, D] (normalised), action_mask [B, H], tau
@@ -217,7 +218,8 @@ class Processor:
         train=False leaves the colours alone.
         """
         config = self.config
-        rngs = [np.random.default_rng([seed, s.key, step]) for s in samples]
+        steps = [step] * len(samples) if isinstance(step, int) else step
+        rngs = [np.random.default_rng([seed, s.key, n]) for s, n in zip(samples, steps, strict=True)]
         draws = config.head.draws
         shape = (draws, config.horizon, config.actions.size)
         tau = np.stack([draw_tau(r, draws, config.head.tau_scale) for r in rngs])
@@ -281,6 +283,13 @@ class Processor:
                     f"Camera '{camera}' gives {np.shape(images[camera])}, the model wants ({size}, {size}, 3).", _REFIT
                 )
         return np.stack([np.asarray(images[c], dtype=np.uint8) for c in self.config.cameras])
+
+    def fingerprints(self) -> dict[str, str]:
+        """A digest of each thing that must agree between a teacher and its student: name -> sha256."""
+        statistics = {name: to_dict(getattr(self, name)) for name in ("action", "proprio")}
+        values = {"tokenizer": json.loads(self.tokenizer.to_str()), "prompt format": to_dict(self.prompt)}
+        values |= {f"{name} normalisation": value for name, value in statistics.items()}
+        return {name: digest(value) for name, value in values.items()}
 
     def save(self, folder: str) -> None:
         storage.write_bytes(storage.join(folder, TOKENIZER_FILE), self.tokenizer.to_str(pretty=True).encode())
