@@ -12,7 +12,6 @@ import io
 import logging
 import time
 import uuid
-from collections import OrderedDict
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
@@ -28,14 +27,15 @@ from dualvla.wire.options import SessionOptions
 from dualvla_serve import chunks, safety
 from dualvla_serve.batching import Asked, NotFiniteError, PolicyRunner
 from dualvla_serve.config import EndpointConfig
+from dualvla_serve.courier import Courier
 from dualvla_serve.estop import StopState, StopView
 from dualvla_serve.failures import failure_of, kind_of
-from dualvla_serve.hub import ANY, HubLink, News, Report, Saved
+from dualvla_serve.hub import ANY, HubLink, News, Report
 from dualvla_serve.limits import ConnectionCounter, RateLimiter
 from dualvla_serve.metrics import Metrics
 from dualvla_serve.models import Model, Models, ModelSource
 from dualvla_serve.recording import Recorder, Step
-from dualvla_serve.sessions import Session, dump, load
+from dualvla_serve.sessions import Session, load
 
 log = logging.getLogger("dualvla.serve")
 
@@ -43,7 +43,6 @@ Evict = Callable[[str], Awaitable[None]]  # why -> closes the session's connecti
 
 REPORT_EVERY_S = 1.0
 _WAIT_S = 0.4
-_MOST_AT_ONCE = 64
 
 
 @dataclass
@@ -91,8 +90,7 @@ class Replica:
         self.ready = False
         self._limits = safety.embodiment(config.embodiment)
         self._live: dict[str, Live] = {}
-        self._dirty: OrderedDict[str, Session] = OrderedDict()
-        self._saving: asyncio.Task[None] | None = None
+        self._courier = Courier(link, name)
         self._listening: asyncio.Task[None] | None = None
         self._closing: asyncio.Task[None] | None = None
         self._watched: tuple[str, ...] = ()
@@ -125,7 +123,7 @@ class Replica:
             async with live.session.lock:
                 if live.evict is not None:
                     await live.evict(why)
-        await self._flush_all()
+        await self._courier.rest()
         if self._listening is not None:
             self._listening.cancel()
         if self._recorder is not None:
@@ -179,7 +177,7 @@ class Replica:
                 model.runner.forget(session.name)
         self._end_recording(session)
         with contextlib.suppress(ServerError):  # the hub forgets by itself in the end
-            await self._flush_all()
+            await self._courier.rest()
             await self.link.release(session.name, session.epoch, forget)
 
     @contextlib.asynccontextmanager
@@ -197,7 +195,7 @@ class Replica:
             session = saved or Session(name, principal, options, "http", claim.epoch)
             session.options = options
             yield session
-            await self.link.save([self._saved(session)])
+            await self._courier.now(session)
         if not lock.locked():
             self._http_locks.pop(name, None)
 
@@ -457,30 +455,10 @@ class Replica:
                 out[name] = (live.session.seq, live.reasoning, pictures)
         return out
 
-    def _saved(self, session: Session) -> Saved:
-        return Saved(session.name, session.principal, self.name, session.epoch, session.seq, dump(session))
-
     def _save_soon(self, session: Session) -> None:
         live = self._live.get(session.name)
-        if live is None or live.session is not session:
-            return
-        self._dirty[session.name] = session
-        if self._saving is None or self._saving.done():
-            self._saving = asyncio.create_task(self._flush())
-
-    async def _flush(self) -> None:
-        while self._dirty:
-            batch = [self._dirty.popitem(last=False)[1] for _ in range(min(_MOST_AT_ONCE, len(self._dirty)))]
-            try:
-                await self.link.save([self._saved(session) for session in batch])
-            except ServerError as error:
-                log.error("%d sessions could not be saved: %s", len(batch), error)
-                return
-
-    async def _flush_all(self) -> None:
-        if self._saving is not None and not self._saving.done():
-            await asyncio.wait([self._saving])
-        await self._flush()
+        if live is not None and live.session is session:
+            self._courier.soon(session)
 
     # -- recording
 
