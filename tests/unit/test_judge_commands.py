@@ -58,6 +58,8 @@ def test_the_rubric_takes_no_settings(capsys, folder):
 def test_trust_in_the_rubric_and_a_knowledge_base(capsys, folder, tmp_path):
     code, out, _ = run(capsys, "kb", "build", folder, str(tmp_path / "kb"), "--entries", "3")
     assert (code, out.splitlines()[0]) == (0, "3 entries")
+    code, out, _ = run(capsys, "kb", "build", folder, str(tmp_path / "kb"), "--entries", "3", "--json")
+    assert (code, json.loads(out)["skipped"]) == (0, True)
     code, out, _ = run(capsys, "judge", "eval", folder, "--kb", str(tmp_path / "kb"), "--out", str(tmp_path / "trust"))
     assert code == 0
     assert "moments shuffled" in out

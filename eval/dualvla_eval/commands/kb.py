@@ -13,16 +13,27 @@ from dualvla_eval.commands.score import add_judge, make_judge
 
 def _configure(parser: argparse.ArgumentParser) -> None:
     actions = parser.add_subparsers(dest="action", required=True, metavar="build | edit")
-    build = actions.add_parser("build", help="from filmed evaluations, with a judge's marks to begin with")
+    build = actions.add_parser(
+        "build",
+        formatter_class=parser.formatter_class,
+        help="from filmed evaluations, with a judge's marks to begin with",
+    )
     build.add_argument("folders", nargs="+", metavar="EVAL_DIR", help="finished evaluations, filmed (--videos all)")
     build.add_argument("out", metavar="OUT", help="the knowledge base folder")
     build.add_argument("--entries", type=int, default=100, help="how many, spread over policies, tasks and outcomes")
     build.add_argument("--seed", type=int, default=0, help="which ones")
     add_judge(build)
-    edit = actions.add_parser("edit", help="a page on this machine to watch rollouts and correct their marks")
+    edit = actions.add_parser(
+        "edit",
+        formatter_class=parser.formatter_class,
+        help="a page on this machine to watch rollouts and correct their marks",
+    )
     edit.add_argument("folder", metavar="KB", help="a knowledge base folder")
-    edit.add_argument("--as", dest="author", default=getpass.getuser(), help="your name, kept with every correction")
+    edit.add_argument("--as", dest="author", help="your name, kept with every correction (default: the user's)")
     edit.add_argument("--port", type=int, default=0, help="0 takes a free one")
+    for each in (build, edit):
+        for name, text in (("--json", "print the result as JSON on stdout"), ("--verbose", "log more (to stderr)")):
+            each.add_argument(name, action="store_true", default=argparse.SUPPRESS, help=text)
 
 
 def _run(arguments: argparse.Namespace) -> dict[str, Any]:
@@ -49,11 +60,21 @@ def _edit(arguments: argparse.Namespace) -> dict[str, Any]:
     from dualvla_eval.knowledge import KnowledgeBase
 
     base = KnowledgeBase(arguments.folder)
-    server = PageServer(make_page(base, arguments.author), arguments.port)
+    server = PageServer(make_page(base, arguments.author or _user()), arguments.port)
     print(f"Open {server.url}   (Ctrl-C ends; every correction is saved at once)", file=sys.stderr, flush=True)
     server.serve()
     entries = base.entries()
     return {"ok": True, "out": arguments.folder, "entries": len(entries), "reviewed": _reviewed(entries)}
+
+
+def _user() -> str:
+    """Raises: UsageError in a container whose user has no name."""
+    from dualvla.errors import UsageError
+
+    try:
+        return getpass.getuser()
+    except (KeyError, OSError) as error:
+        raise UsageError("A correction needs the name of who makes it.", "pass --as NAME") from error
 
 
 def _reviewed(entries: list[Any]) -> int:
