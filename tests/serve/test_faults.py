@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import socket
 import threading
@@ -206,11 +207,11 @@ def test_a_connection_whose_other_end_vanished_is_found_out() -> None:
 
 
 def test_a_replica_that_ends_tells_its_robots_to_go_elsewhere() -> None:
-    with endpoint() as running:
-        connection = connect(f"ws://{running.address}")
-        connection.recv(timeout=5)
-        assert ask(connection)["seq"] == 1
-    with pytest.raises(ConnectionClosed) as closed:
-        connection.recv(timeout=5)
-    assert closed.value.rcvd.code == 1012
-    connection.close()
+    with contextlib.ExitStack() as still_open:
+        with endpoint() as running:
+            connection = still_open.enter_context(connect(f"ws://{running.address}"))
+            connection.recv(timeout=5)
+            assert ask(connection)["seq"] == 1
+        with pytest.raises(ConnectionClosed) as closed:
+            connection.recv(timeout=5)
+        assert closed.value.rcvd.code == 1012
