@@ -16,6 +16,8 @@ from dualvla.models.config import LossWeights, ModelConfig, tiny_backbone
 
 Stage = Literal["specialist", "reasoning", "dual"]
 Domain = Literal["robot", "multimodal"]
+PruneMode = Literal["both", "scene", "action", "random", "none"]
+TeachersUsed = Literal["both", "action", "reasoning", "none"]
 STAGES: tuple[Stage, ...] = ("specialist", "reasoning", "dual")
 
 
@@ -31,7 +33,7 @@ class CollectConfig:
 
 @dataclass(frozen=True)
 class PruneConfig:
-    mode: Literal["both", "scene", "action", "random", "none"] = "both"
+    mode: PruneMode = "both"
 
 
 @dataclass(frozen=True)
@@ -68,7 +70,7 @@ class TrainConfig:
     batch_size: int = 32
     multimodal_fraction: float = 0.25
     use_reasoning: bool = True
-    teachers: Literal["both", "action", "reasoning", "none"] = "both"
+    teachers: TeachersUsed = "both"
     losses: LossWeights = field(default_factory=LossWeights)
     lr: float = 1e-3
     schedule: Literal["cosine", "constant"] = "cosine"
@@ -210,8 +212,33 @@ def debug() -> Recipe:
 RECIPES: dict[str, Callable[[], Recipe]] = {"tiny": tiny, "tiny-long": tiny_long, "debug": debug}
 
 
+def _pruned(mode: PruneMode) -> Callable[[Recipe], Recipe]:
+    return lambda recipe: dataclasses.replace(recipe, prune=PruneConfig(mode))
+
+
+def _taught(teachers: TeachersUsed) -> Callable[[Recipe], Recipe]:
+    return lambda recipe: dataclasses.replace(recipe, dual=dataclasses.replace(recipe.dual, teachers=teachers))
+
+
+VARIANTS: dict[str, Callable[[Recipe], Recipe]] = {
+    "no-pruning": _pruned("none"),
+    "random-pruning": _pruned("random"),
+    "scene-only": _pruned("scene"),
+    "action-only": _pruned("action"),
+    "no-distillation": _taught("none"),
+    "no-action-teacher": _taught("reasoning"),
+    "no-reasoning-teacher": _taught("action"),
+}
+"""The ablations of the paper's Tables 6 to 8; each changes one thing of any recipe."""
+
+
 def get_recipe(name: str) -> Recipe:
-    """Raises: UsageError on an unknown name."""
-    if name not in RECIPES:
-        raise UsageError(f"Unknown recipe '{name}'.", did_you_mean(name, RECIPES))
-    return RECIPES[name]()
+    """A recipe ("tiny") or a variant of one ("tiny+scene-only"). Raises: UsageError on an unknown name."""
+    base, plus, variant = name.partition("+")
+    if base not in RECIPES:
+        raise UsageError(f"Unknown recipe '{base}'.", did_you_mean(base, RECIPES))
+    if not plus:
+        return RECIPES[base]()
+    if variant not in VARIANTS:
+        raise UsageError(f"Recipe '{base}' has no variant '{variant}'.", did_you_mean(variant, VARIANTS))
+    return dataclasses.replace(VARIANTS[variant](RECIPES[base]()), name=name)

@@ -1,5 +1,6 @@
 """Recipes, and the plan that `run` makes of one; no stage is really run here."""
 
+import dataclasses
 import itertools
 import json
 
@@ -9,7 +10,7 @@ from dualvla import cli
 from dualvla.config import from_dict, override, to_dict
 from dualvla.errors import OutputError, UsageError
 from dualvla_pipelines import run
-from dualvla_pipelines.recipes import RECIPES, STAGES, Recipe, get_recipe
+from dualvla_pipelines.recipes import RECIPES, STAGES, VARIANTS, Recipe, get_recipe
 
 RATE = {"n": 4, "successes": 2, "rate": 0.5, "low": 0.15, "high": 0.85}
 SCORE = {"score": 30.0, "R": None, "A": 50.0, "I": 60.0, "RA": None}
@@ -49,6 +50,24 @@ def test_a_recipe_survives_its_file_and_cuts_evenly_for_one_and_two_workers(name
     assert all(recipe.stage(s).micro_batches(w) == 1 for s in STAGES for w in (1, 2))
     with pytest.raises(UsageError, match="evenly"):
         recipe.specialist.micro_batches(7)
+
+
+@pytest.mark.parametrize("variant", sorted(VARIANTS))
+def test_an_ablation_changes_one_thing_that_reaches_its_command(variant):
+    base, changed = get_recipe("debug"), get_recipe(f"debug+{variant}")
+    pruning, teachers = changed.prune != base.prune, changed.dual.teachers != base.dual.teachers
+    assert pruning != teachers
+    assert dataclasses.replace(changed, name="debug", prune=base.prune, dual=base.dual) == base
+    assert dataclasses.replace(changed.dual, teachers="both") == base.dual
+    plan = {stage.name: stage.argv for stage in run.stages(changed, "out", seed=0, workers=1)}
+    assert plan["prune"][plan["prune"].index("--mode") + 1] == changed.prune.mode
+    name = plan["dual"][plan["dual"].index("--recipe") + 1]
+    assert get_recipe(name).dual == changed.dual
+
+
+def test_an_unknown_variant_names_the_nearest():
+    with pytest.raises(UsageError, match="did you mean 'scene-only'"):
+        get_recipe("tiny+scene_only")
 
 
 def test_train_stages_get_the_recipe_that_the_run_was_given():
