@@ -9,7 +9,7 @@ from dualvla.cli import Command
 
 
 def _configure(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--recipe", required=True, help="tiny (20 minutes on 2 cores), tiny-long (an hour), debug, or an ablation of one: tiny+scene-only, ...")
+    parser.add_argument("--recipe", required=True, help="tiny (20 minutes on 2 cores), tiny-long (an hour) or debug")
     parser.add_argument("--out", required=True, help="run folder; the same command again resumes it")
     parser.add_argument("--seed", type=int, default=0, help="of data, training and policies")
     parser.add_argument("--workers", type=int, help="processes of collect and eval (default: one a core)")

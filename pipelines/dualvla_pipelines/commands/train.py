@@ -13,7 +13,7 @@ _STAGES = ("specialist", "reasoning", "dual")
 
 def _configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--stage", required=True, help="specialist, reasoning or dual")
-    parser.add_argument("--recipe", required=True, help="which recipe's stage (tiny, tiny-long, debug, tiny+scene-only, ...)")
+    parser.add_argument("--recipe", required=True, help="which recipe's stage: tiny, tiny-long, debug, or a variant")
     parser.add_argument("--data", required=True, help="data set folder (pruned, for the dual stage)")
     parser.add_argument("--out", required=True, help="checkpoint folder to make")
     parser.add_argument("--init", help="checkpoint to start from (reasoning, dual)")
