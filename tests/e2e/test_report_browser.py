@@ -29,6 +29,7 @@ ARGUMENTS = [
 EVIL = '<script>document.title="owned"</script><img src=x onerror="document.title=1">'
 WCAG = ["wcag2a", "wcag2aa", "wcag21a", "wcag21aa"]
 MANY = 1000
+ATTEMPTS = 5  # of what is timed, on a machine that may be doing other work
 
 pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="there is no chromium on the PATH")
 
@@ -127,36 +128,50 @@ def step_of(page):
 # --- playing ----------------------------------------------------------------------------------------------------------
 
 
+# Plays until it stops, or until `until` steps were reached and the button is pressed again. In the page, because a
+# busy test process may look away for longer than an episode lasts. Returns [step, time of the film] of every frame.
+PLAY = """async (until) => {
+    const button = document.querySelector(".play"), range = document.querySelector("input[type=range]");
+    const seen = [];
+    button.click();
+    while (button.getAttribute("aria-label") === "pause") {
+        await new Promise(requestAnimationFrame);
+        seen.push([Number(range.value), document.querySelector("video")?.currentTime ?? null]);
+        if (seen.at(-1)[0] >= until) button.click();
+    }
+    return seen;
+}"""
+
+
 def test_a_film_plays_and_everything_follows_it(rollouts):
-    rollouts.get_by_role("button", name="play").click()
-    rollouts.wait_for_function("() => document.querySelector('video').currentTime > 0.5")
-    assert rollouts.locator("video").evaluate("v => [v.videoWidth > 0, v.error]") == [True, None]
-    rollouts.wait_for_function("() => Number(document.querySelector('input[type=range]').value) >= 3")
-    rollouts.get_by_role("button", name="pause").click()
-    at = step_of(rollouts)
-    assert f"step={at}" in rollouts.url
-    assert rollouts.locator(".readout").inner_text().startswith(f"{at} /")
-    assert rollouts.locator("video").evaluate("v => Math.floor(v.currentTime * 5)") in (at, at + 1)
+    seen = rollouts.evaluate(PLAY, 3)
+    steps = [step for step, _ in seen]
+    assert steps == sorted(steps)
+    assert set(steps) <= {0, 1, 2, 3, 4, 5}
+    assert all(abs(5 * time - step - 0.5) <= 1.5 for step, time in seen)  # at 5 Hz, a step a frame
+    assert rollouts.locator("video").evaluate("v => [v.videoWidth > 0, v.error, v.paused]") == [True, None, True]
+    assert step_of(rollouts) == steps[-1] >= 3
+    assert f"step={steps[-1]}" in rollouts.url
+    assert rollouts.locator(".readout").inner_text().startswith(f"{steps[-1]} /")
 
 
 def test_a_rollout_without_a_film_plays_from_its_record(open_page, site):
     page = open_page(site, "rollouts.html#r=good-touch-0002")
-    page.get_by_role("button", name="play").click()
+    page.locator(".pane").wait_for()
     assert page.locator("video").count() == 0
     before = page.locator(".map .tool").get_attribute("transform")
-    page.wait_for_function("() => Number(document.querySelector('input[type=range]').value) >= 2")
+    assert page.evaluate(PLAY, 2)[-1][0] >= 2
     assert page.locator(".map .tool").get_attribute("transform") != before
 
 
 def test_the_end_is_reached_and_playing_again_starts_over(open_page, site):
     page = open_page(site, "rollouts.html#r=good-touch-0000")
-    page.get_by_label("speed").select_option("4")
-    page.get_by_role("button", name="play").click()
-    page.get_by_text("ended: success").wait_for()
+    page.locator(".pane").wait_for()
     last = int(page.locator("input[type=range]").get_attribute("max"))
-    assert step_of(page) == last
-    page.get_by_role("button", name="play").click()
-    page.wait_for_function(f"() => Number(document.querySelector('input[type=range]').value) < {last}")
+    assert page.evaluate(PLAY, 1000)[-1][0] == step_of(page) == last
+    page.get_by_text("ended: success").wait_for()
+    page.get_by_label("speed").select_option("4")
+    assert page.evaluate(PLAY, 1000)[0][0] < last
 
 
 def test_a_step_shows_what_was_recorded_there(open_page, site):
@@ -357,39 +372,46 @@ def test_a_narrow_screen_never_scrolls_sideways(open_page, site, name):
 def test_a_thousand_rollouts_paint_in_a_second_from_three_megabytes(open_page, many):
     page = open_page(many, "rollouts.html")
     page.locator(".pane").wait_for()
-    loaded = []
+    loaded, paints = [], []
     page.on("request", lambda request: loaded.append(request.url))
-    page.reload()
-    page.locator(".pane").wait_for()
+    for _ in range(ATTEMPTS):
+        loaded.clear()
+        page.reload()
+        page.locator(".pane").wait_for()
+        paints.append(page.evaluate("() => performance.getEntriesByName('first-contentful-paint')[0].startTime"))
+        if paints[-1] < 1000:
+            break
+    assert min(paints) < 1000
     assert page.locator("#count").inner_text() == f"{MANY} of {MANY} rollouts"
-    paint = page.evaluate("() => performance.getEntriesByName('first-contentful-paint')[0].startTime")
-    assert paint < 1000
-    files = [f for f in many.iterdir() if f.suffix in (".css", ".js")] + [
-        many / "rollouts.html",
-        many / "data/index.js",
-    ]
-    assert sum(f.stat().st_size for f in files) < 3e6
-    assert sum("/data/" in name for name in loaded) == 2  # the index, and the one rollout that is shown
+    assert sum("/data/" in url for url in loaded) == 2  # the index, and the one rollout that is shown
+    files = [f for f in many.iterdir() if f.suffix in (".css", ".js")]
+    assert sum(f.stat().st_size for f in (*files, many / "rollouts.html", many / "data/index.js")) < 3e6
     assert page.locator("[role=option]").count() < 60
 
 
-def test_scrolling_and_filtering_a_thousand_rollouts_keeps_within_a_frame_or_two(open_page, many):
+SCROLL = """async () => {
+    const list = document.getElementById("list");
+    list.scrollTop = 0;
+    let slowest = 0, last = await new Promise(requestAnimationFrame);
+    for (let i = 0; i < 40; i++) {
+        list.scrollTop += 1300;
+        const now = await new Promise(requestAnimationFrame);
+        slowest = Math.max(slowest, now - last);
+        last = now;
+    }
+    return slowest;
+}"""
+
+
+def test_scrolling_and_filtering_a_thousand_rollouts_stays_smooth(open_page, many):
     page = open_page(many, "rollouts.html")
     page.locator(".pane").wait_for()
-    slowest = page.evaluate(
-        """async () => {
-            const list = document.getElementById("list");
-            let slowest = 0, last = await new Promise(requestAnimationFrame);
-            for (let i = 0; i < 40; i++) {
-                list.scrollTop += 1300;
-                const now = await new Promise(requestAnimationFrame);
-                slowest = Math.max(slowest, now - last);
-                last = now;
-            }
-            return slowest;
-        }"""
-    )
-    assert slowest < 250  # ms, on a machine that does other work; a page that redraws a thousand rows takes longer
+    slowest_ms = []
+    for _ in range(ATTEMPTS):
+        slowest_ms.append(page.evaluate(SCROLL))
+        if slowest_ms[-1] < 100:
+            break
+    assert min(slowest_ms) < 100  # six frames at 60 Hz: a busy machine drops some
     page.locator("input[name=text]").fill("copy 77")
     assert page.locator("#count").inner_text() == f"11 of {MANY} rollouts"
     page.locator("input[name=text]").fill("")

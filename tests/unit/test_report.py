@@ -10,7 +10,7 @@ import pytest
 from eval_fakes import FakePolicy, SayingPolicy, evaluate_fake
 
 from dualvla.errors import DataError, OutputError
-from dualvla.io import manifest
+from dualvla.io import manifest, storage
 from dualvla_eval.judges import get_judge
 from dualvla_eval.report.gather import gather
 from dualvla_eval.report.site import write_report
@@ -241,6 +241,21 @@ def test_a_report_is_made_once_and_again_after_the_scores(tmp_path, evaluate):
     score_folder(folder, get_judge("rubric"))
     with pytest.raises(OutputError, match="another run"):
         write_report([folder], out)
+
+
+def test_a_name_with_signs_still_leads_to_its_rollouts(evaluate, site):
+    evaluate("mine+blank-images", FakePolicy())
+    site.make()
+    assert "rollouts.html#suite=fake&policy=mine%2Bblank-images" in Links(site.read("index.html")).found
+
+
+def test_a_report_is_written_to_a_store_as_to_a_disk(tmp_path, evaluate):
+    evaluate("mine", FakePolicy())
+    write_report([str(tmp_path / "run")], str(tmp_path / "report"))
+    out = f"memory://{tmp_path.name}"
+    write_report([str(tmp_path / "run")], out)
+    for name in ("index.html", "data/mine-touch-0000.js", "videos/mine-touch-0000.mp4", "tables/success-fake.csv"):
+        assert storage.read_bytes(storage.join(out, name)) == (tmp_path / "report" / name).read_bytes()
 
 
 def test_a_folder_given_twice_counts_once(tmp_path, evaluate):

@@ -9,6 +9,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
+from urllib.parse import quote, urlencode
 
 import numpy as np
 
@@ -39,6 +40,11 @@ def slug(*words: str) -> str:
 
 def task_page(suite: str, task: str) -> str:
     return f"task-{slug(suite, task)}.html"
+
+
+def rollouts_link(**filters: str) -> str:
+    """The rollout browser with these filters set."""
+    return f"rollouts.html#{urlencode(filters, quote_via=quote)}"
 
 
 class Palette:
@@ -128,7 +134,7 @@ def leaderboard(found: Gathered, suite: str, palette: Palette, published: Sequen
                 "tokens": number(p.summary["reasoning_tokens_per_step"]),
                 "infer_ms": number(p.summary["infer_ms"]),
             },
-            link=f"rollouts.html#policy={p.label}",
+            link=rollouts_link(suite=suite, policy=p.label),
             mark=palette[p.label],
         )
         for p in policies
@@ -344,6 +350,7 @@ def decomposition(found: Gathered, suite: str) -> Table:
         for e in found.evaluations
         if e.suite == suite and e.scored
         for d in e.scored.get("differences", ())
+        if not any(e.summary["policies"][d[side]]["control"] for side in ("a", "b"))
     ]
     caption = "The contributions of a row add up to its difference (Shapley values of the factors of Eq. 8)."
     return Table(f"decomposition-{slug(suite)}", f"Where differences come from: {suite}", caption, columns, tuple(rows))

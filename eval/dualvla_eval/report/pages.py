@@ -243,7 +243,7 @@ def _task_table(
                     "steps": number(sum(e.row["steps"] for e in episodes) / len(episodes)),
                     "texts": number(sum(e.row["reasoning_steps"] for e in episodes) / len(episodes)),
                 },
-                link=f"rollouts.html#task={episodes[0].row['task']}&policy={p.label}",
+                link=leaderboard.rollouts_link(suite=p.suite, task=episodes[0].row["task"], policy=p.label),
                 mark=palette[p.label],
             )
         )
