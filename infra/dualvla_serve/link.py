@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import time
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -30,7 +31,9 @@ class HubActor(Hub):
 
     def __init__(self, state_dir: str, endpoint: str, idle_s: float):
         logs.use_json()
-        restarted = ray.get_runtime_context().was_current_actor_reconstructed
+        with warnings.catch_warnings():  # Ray's own code warns of a name that Ray deprecates
+            warnings.simplefilter("ignore")
+            restarted = ray.get_runtime_context().was_current_actor_reconstructed
         super().__init__(Latch(latch_url(state_dir, endpoint), restarted), idle_s)
 
 

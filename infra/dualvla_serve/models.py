@@ -12,7 +12,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Literal
 
-from dualvla.errors import DualVLAError, PolicyError, WireError, did_you_mean
+from dualvla.errors import DualVLAError, PolicyError, ServerError, WireError, did_you_mean
 from dualvla_serve.batching import LoadPolicy, PolicyRunner
 
 log = logging.getLogger("dualvla.serve")
@@ -62,8 +62,10 @@ class Models:
         return list(self._models.values())
 
     def get(self, name: str) -> Model:
-        """ "" is the first. Raises: WireError naming what there is."""
-        if not name and self._models:
+        """No name is the first. Raises: WireError naming what there is; ServerError while there is nothing yet."""
+        if not self._models:
+            raise ServerError("The policy is not ready.")
+        if not name:
             return next(iter(self._models.values()))
         if name not in self._models:
             raise WireError(f"There is no model '{name[:60]}' here.", did_you_mean(name, self._models))

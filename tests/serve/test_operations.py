@@ -15,6 +15,7 @@ import pytest
 from prometheus_client.parser import text_string_to_metric_families
 from serve.local_endpoint import endpoint
 from serve.test_sessions import ask, drop, eventually, talking
+from websockets.sync.client import connect
 
 from dualvla.io import dataset
 from dualvla.wire import messages
@@ -104,6 +105,13 @@ def test_ready_only_once_the_policy_answers() -> None:
             with pytest.raises(urllib.error.HTTPError, match="503"):
                 get(running.address, path)
         assert get(running.address, "/healthz")[1] == b"OK"
+
+
+def test_who_comes_before_the_policy_is_there_is_asked_to_come_again() -> None:
+    with endpoint() as running:
+        running.ask(running.replica.update({}))
+        with connect(f"ws://{running.address}") as connection:
+            assert json.loads(connection.recv(timeout=5))["error"]["kind"] == "unavailable"
 
 
 def test_sessions_become_a_data_set(tmp_path: Path) -> None:
