@@ -76,7 +76,9 @@ def _render(result: Mapping[str, Any]) -> str:
     ]
     header = ["policy", "n", "R", "A", "I", "RA", "success", "VLA Score (95 %)", "silent", "unjudged (worst .. best)"]
     title = f"VLA Score, judge {result['judge']}" + (", unchanged" if result["skipped"] else "")
-    return "\n".join([table(title, header, rows), *_differences(result["differences"]), result["out"]])
+    again = f"{result['try_again']} got no answer from the judge: the same command asks again, for them alone"
+    notes = [again] if result["try_again"] else []
+    return "\n".join([table(title, header, rows), *_differences(result["differences"]), *notes, result["out"]])
 
 
 def _differences(differences: list[Mapping[str, Any]]) -> list[str]:
