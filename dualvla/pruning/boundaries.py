@@ -166,11 +166,11 @@ def best_every_kth(true: Sequence[np.ndarray], frames: Sequence[int], relative_d
     choices = [
         EveryKth(k, offset, end) for k in range(2, max(2, longest) + 1) for offset in range(k) for end in (False, True)
     ]
-    choices.sort(key=bound, reverse=True)
-    best, highest = choices[0], f1(choices[0])
-    for choice in choices[1:]:
-        if bound(choice) <= highest:
+    bounds = np.array([bound(choice) for choice in choices])
+    best, highest = choices[0], -1.0
+    for i in np.argsort(-bounds, kind="stable"):
+        if bounds[i] <= highest:
             break
-        if (reached := f1(choice)) > highest:
-            best, highest = choice, reached
+        if (reached := f1(choices[i])) > highest:
+            best, highest = choices[i], reached
     return best

@@ -50,8 +50,8 @@ class DDMConfig:
     image_size: int = 64
     half_window: int = 5
     frame_step: int = 1
-    stem: int = 16
-    widths: tuple[int, ...] = (24, 48, 96)
+    stem: int = 8
+    widths: tuple[int, ...] = (16, 32, 64)
     depths: tuple[int, ...] = (1, 1, 1)
     layer: Literal["basic", "bottleneck"] = "basic"
     levels: int = 3

@@ -74,10 +74,10 @@ class DetectorConfig:
     shares: Shares = field(default_factory=Shares)
     augmentation: Augmentation = field(default_factory=Augmentation)
     pretrained: str | None = None
-    steps: int = 1000
-    batch_episodes: int = 8
+    steps: int = 800
+    batch_episodes: int = 6
     keep_every: int = 100
-    learning_rate: float = 1e-3
+    learning_rate: float = 1.5e-3
     weight_decay: float = 0.05
     warm_up: float = 0.1
     positive_weight: float = 3.0
