@@ -28,6 +28,7 @@ _METRICS = "metrics.jsonl"
 _JUDGE_CHECK = "judge-eval"  # folder in an evaluation where a check of its judge is put by default
 _PRUNING_REPORT = (PRUNING_REPORT, "report.json")
 _FIRST = {"random": 0, "expert": 1}  # the yardsticks stand before the policies
+_STAGES = {"specialist": 0, "reasoning": 1, "dual": 2}  # as they follow each other
 # What scores.parquet holds in every version; later versions add `_SCORE_EXTRAS`.
 _SCORE_COLUMNS = ("A", "I", "R", "RA", "score", "unjudged", "without_reasoning", "explanation")
 _SCORE_EXTRAS = ("judge", "rationale", "examples", "judge_success")
@@ -184,6 +185,7 @@ def gather(folders: Sequence[str]) -> Gathered:
                 continue
             found.inputs[inner] = _digest(inner)
     _add_evaluations(found, evaluations)
+    found.checkpoints.sort(key=lambda c: _STAGES.get(c.about["config"].get("stage"), len(_STAGES)))
     if not found.inputs:
         raise DataError(
             f"{', '.join(folders)}: no finished folder to report on.",

@@ -16,7 +16,7 @@ _WIDTH, _LEFT, _RIGHT = 640, 150, 56
 _ROW, _GAP, _TOP, _AXIS = 20, 12, 6, 24
 _RADAR_W, _RADAR_H, _RADIUS_PX = 254, 190, 64
 _CURVE_W, _CURVE_H = 250, 130
-_POINTS = 150  # drawn of a curve
+_MEANS, _POINTS = 60, 300  # drawn of a curve: running means, and values behind them
 
 
 @dataclass(frozen=True)
@@ -144,7 +144,7 @@ def curve(title: str, points: Sequence[tuple[float, float]]) -> str:
         marks += f'<text x="{left - 6}" y="{y + 4:.1f}" class="label">{_compact(value)}</text>'
     marks += f'<text x="{left}" y="{_CURVE_H - 5}" class="tick start">0</text>'
     marks += f'<text x="{right}" y="{_CURVE_H - 5}" class="tick end">{x_top:g} steps</text>'
-    every = max(1, len(finite) // (2 * _POINTS))
+    every = max(1, len(finite) // _POINTS)
     raw = "L".join(place(x, y) for x, y in finite[::every])
     smooth = "L".join(place(x, y) for x, y in means)
     marks += f'<path d="M{raw}" class="line raw"/><path d="M{smooth}" class="line"/>'
@@ -157,8 +157,8 @@ def _compact(value: float) -> str:
 
 
 def _smoothed(points: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
-    """Means of consecutive points, so that no more than `_POINTS` are drawn."""
-    size = -(-len(points) // _POINTS)
+    """Means of consecutive points, so that no more than `_MEANS` are drawn."""
+    size = -(-len(points) // _MEANS)
     groups = [points[i : i + size] for i in range(0, len(points), size)]
     return [(sum(x for x, _ in g) / len(g), sum(y for _, y in g) / len(g)) for g in groups]
 
