@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from dualvla.cli import Command
-from dualvla.errors import UsageError
+from dualvla.errors import ServerError, UsageError
 
 if TYPE_CHECKING:
     from dualvla_serve.config import EndpointConfig
@@ -41,7 +41,10 @@ def add_endpoint_options(parser: argparse.ArgumentParser) -> None:
     add("--autoscale", metavar="LEAST:MOST", help="replicas follow the queue between these numbers")
     add("--cpus", type=float, help="CPUs that Ray reserves for a replica; fractions allowed")
     add("--gpus", type=float, help="GPUs for a replica; fractions allowed; more than 0 puts the policy on CUDA")
-    add("--embodiment", help="limits of the robot's actions: a built-in name or a JSON file (docs/serving.md)")
+    add(
+        "--embodiment",
+        help="limits of actions: a name or JSON file (docs/serving.md); generic if not given",
+    )
     add("--deadline-ms", type=float, help="requests that carry no deadline get this one, from their arrival")
     add("--observation-keys", metavar="FILE", help="JSON: more mappings of other clients' observation keys")
     add("--record", metavar="DIR", help="record all sessions as data sets in this folder or URL")
@@ -64,12 +67,16 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
     config = endpoint_config(arguments)
     connect(num_cpus=max(config.scaling.replicas, config.scaling.most) + 2)
     with serving(checkpoint_source(config), models, config) as address:
+        signals = _catch_signals()
         web, sockets = ("https", "wss") if config.tls else ("http", "ws")
         endpoint = {"websocket": f"{sockets}://{address}", "http": f"{web}://{address}/v1/infer"}
         print(json.dumps(endpoint) if arguments.json else _announcement(endpoint), flush=True)
-        while _wait_for_signal() == signal.SIGHUP:
+        while signals.get() == signal.SIGHUP:
             log.info("looking at the checkpoints again")
-            link.order(config.name, models)
+            try:
+                link.order(config.name, models)
+            except ServerError as error:
+                log.error("the checkpoints stay as they are: %s", error)
         log.info("stopping")
     return {"checkpoint": arguments.checkpoint, **endpoint}
 
@@ -137,13 +144,13 @@ def _mappings(path: str) -> dict[str, Any]:
     return {**BUILT_IN, **{name: from_dict(ObservationKeys, keys, name) for name, keys in named.items()}}
 
 
-def _wait_for_signal() -> int:
-    """Ctrl-C and SIGTERM are how a server is meant to end: it stops cleanly, and the exit code is 0. SIGHUP: read the
-    checkpoints again."""
+def _catch_signals() -> queue.SimpleQueue[int]:
+    """Ctrl-C and SIGTERM are how a server is meant to end: it stops cleanly, and the exit code is 0. SIGHUP has it look
+    at the checkpoints again."""
     came: queue.SimpleQueue[int] = queue.SimpleQueue()  # may be used in a signal's handler
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, lambda number, _: came.put(number))
-    return came.get()
+    return came
 
 
 def _announcement(endpoint: Mapping[str, str]) -> str:
