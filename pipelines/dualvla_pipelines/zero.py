@@ -85,8 +85,13 @@ def load_universal_state(engine: Any, folder: str, tag: str) -> None:
         state["step"] = state["step"].clone()
 
 
+def bucket_elements(parameters: int) -> int:
+    """Elements of a communication bucket for a model of so many parameters."""
+    return min(_MAX_BUCKET_ELEMENTS, 2 * parameters)
+
+
 def _engine_config(zero: ZeroConfig, grad_clip: float, micro_batches: int, elements: int) -> dict[str, Any]:
-    bucket = min(_MAX_BUCKET_ELEMENTS, 2 * elements)
+    bucket = bucket_elements(elements)
     stage: dict[str, Any] = {
         "stage": zero.stage,
         "overlap_comm": torch.cuda.is_available(),
