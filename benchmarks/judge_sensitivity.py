@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import platform
 import tempfile
 import time
@@ -35,7 +36,7 @@ def main() -> None:
         seconds = time.perf_counter() - started
     print(command.render(found))
     kept = {name: found[name] for name in ("judge", "n", "sensitivity", "safety", "interval")}
-    machine = f"{platform.machine()}, {platform.system()} {platform.release()}, Python {platform.python_version()}"
+    machine = f"{os.cpu_count()} cores ({platform.machine()}), {platform.system()}, Python {platform.python_version()}"
     result = {"machine": machine, "episodes_per_task": arguments.episodes, "judging_s": round(seconds, 1), **kept}
     Path(arguments.out).write_text(json.dumps(result, indent=2) + "\n")
 
