@@ -233,14 +233,32 @@ def test_a_crashed_episode_is_shown_with_nothing_recorded(evaluate, site):
     assert site.rollout("mine-touch-0000")["steps"] == 0
 
 
-def test_a_report_is_made_once_and_again_after_the_scores(tmp_path, evaluate):
+def test_a_report_is_made_once_and_again_when_its_folders_have_changed(tmp_path, evaluate, site):
     folder = evaluate("mine", FakePolicy())
-    out = str(tmp_path / "report")
-    assert not write_report([folder], out)["skipped"]
-    assert write_report([folder], out)["skipped"]
+    assert not site.make()["skipped"]
+    assert site.make()["skipped"]
     score_folder(folder, get_judge("rubric"))
+    assert not site.make()["skipped"]
+    assert site.table("leaderboard-fake")["mine"]["judge"].startswith("rubric")
+    assert site.make()["skipped"]
+
+
+def test_a_report_that_was_interrupted_is_finished(tmp_path, evaluate, site):
+    evaluate("mine", FakePolicy())
+    site.make()
+    (site.folder / "manifest.json").unlink()
+    (site.folder / "index.html").write_text("half of it")
+    assert not site.make()["skipped"]
+    assert "Leaderboard" in site.read("index.html")
+
+
+def test_a_folder_of_something_else_is_never_overwritten(tmp_path, evaluate):
+    folder, other = evaluate("mine", FakePolicy()), evaluate("other", FakePolicy())
     with pytest.raises(OutputError, match="another run"):
-        write_report([folder], out)
+        write_report([folder], other)
+    write_report([folder], str(tmp_path / "report"))
+    with pytest.raises(OutputError, match="another run"):
+        write_report([other], str(tmp_path / "report"))
 
 
 def test_a_name_with_signs_still_leads_to_its_rollouts(evaluate, site):

@@ -6,7 +6,7 @@ stands in them.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from importlib import resources
 from typing import Any
@@ -14,6 +14,7 @@ from typing import Any
 import dualvla
 from dualvla import console
 from dualvla.io import manifest, storage
+from dualvla_eval import results
 from dualvla_eval.report import pages, rollouts, training
 from dualvla_eval.report import track as tracking
 from dualvla_eval.report.exports import FORMATS
@@ -28,18 +29,20 @@ _WRITERS = 8  # threads: a file waits for its disk or its store
 
 
 def write_report(folders: Sequence[str], out: str, *, track: Sequence[str] = ()) -> dict[str, Any]:
-    """Returns {"out", "index", "skipped", "tracked"}; skips a report that was made from the same inputs.
+    """Returns {"out", "index", "skipped", "tracked"}; skips a report that was made from the same inputs, and makes one
+    of the same folders again when they have changed.
 
     track: settings of `dualvla.io.tracking` to send the figures to, each time. tracked: setting -> names of its runs.
     Raises: DataError if there is nothing to report on; OutputError if `out` belongs to another report; UsageError and
     PlatformError for a tracker that does not exist or is not installed.
     """
-    gathered = gather([f for f in folders if f.rstrip("/") != out.rstrip("/")])
-    config = {"version": dualvla.__version__}
+    given = [f.rstrip("/") for f in folders if f.rstrip("/") != out.rstrip("/")]
+    gathered = gather(given)
+    config, inputs = {"folders": given}, {"dualvla": dualvla.__version__, **gathered.inputs}
     index = storage.join(out, INDEX)
     tracked = {setting: tracking.track(gathered, setting) for setting in track}
     result = {"out": out, "index": index, "tracked": tracked}
-    if not manifest.begin(out, KIND, config, gathered.inputs):
+    if not _claim(out, config, inputs):
         return {**result, "skipped": True}
     _write_rollouts(gathered, out)
     for picture in (t for data in gathered.pruned for t in training.timelines(data)):
@@ -52,8 +55,20 @@ def write_report(folders: Sequence[str], out: str, *, track: Sequence[str] = ())
             storage.write_bytes(storage.join(out, "tables", f"{table.name}.{ending}"), write(table).encode())
     for name, html in pages.render(made).items():
         storage.write_bytes(storage.join(out, name), html.encode())
-    manifest.finish(out, KIND, config, gathered.inputs, rollouts=len(gathered.episodes))
+    manifest.finish(out, KIND, config, inputs, rollouts=len(gathered.episodes))
     return {**result, "skipped": False}
+
+
+def _claim(out: str, config: Mapping[str, Any], inputs: Mapping[str, str]) -> bool:
+    """Whether there is anything to write. The manifest comes last, so the next call makes good an interrupted one.
+
+    Raises: OutputError if `out` holds anything but a report of the same folders.
+    """
+    urls = [storage.join(out, name) for name in (manifest.NAME, manifest.STARTED)]
+    found = [results.read_json(url) for url in urls if storage.exists(url)]
+    if found and found[0]["kind"] == KIND and found[0]["config"] == config:
+        return found[0]["inputs"] != inputs or not storage.exists(urls[0])
+    return manifest.begin(out, KIND, config, inputs)
 
 
 def _static(name: str) -> str:
