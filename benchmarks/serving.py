@@ -3,8 +3,8 @@
     python benchmarks/serving.py [--only overhead|batching] [--seconds 20] [--json] [--out FILE]
 
 overhead   one client, a 224 px image, a policy that takes no time: everything measured is overhead, stage by stage.
-           Through Ray Serve's proxy and directly to the replica's listener, beside a bare WebSocket echo of the same
-           bytes in another process (the floor of any such path).
+           Through Ray Serve's proxy (raw and as JPEG) and directly to the replica's listener, beside a bare WebSocket
+           echo of the same bytes in another process (the floor of any such path).
 batching   16 clients and a policy that takes 40 ms whatever the batch, as a GPU nearly does; beside a server that
            works on one at a time (the loop of openpi's server, written plainly), with the same client and codec.
 """
@@ -36,6 +36,12 @@ BATCH_S, CLIENTS = 0.040, 16
 WARM_UP = 100
 SPEC = PolicySpec("ee_delta_pose+gripper", 5.0, ("main",), "specialist", horizon=HORIZON, execute_steps=HORIZON)
 
+PATHS = {
+    "through the proxy": ClientOptions(),
+    "proxy, jpeg": ClientOptions(images="jpeg"),
+    "direct": ClientOptions(direct=True),
+}
+
 
 class FlatPolicy:
     """Takes the same time whatever the size of the batch. Its actions say which observation they answer."""
@@ -57,7 +63,14 @@ def observation(step: int) -> Observation:
     return Observation({"main": PIXELS}, "put the red cube on the blue one", np.zeros(8, np.float32), step=step)
 
 
-PIXELS = np.random.default_rng(0).integers(0, 256, (SIDE, SIDE, 3), dtype=np.uint8)
+def _scene() -> np.ndarray:
+    """uint8 [SIDE, SIDE, 3]: smooth shading and a little noise, so that it compresses as a photograph does."""
+    rng = np.random.default_rng(0)
+    coarse = np.kron(rng.integers(40, 216, (7, 7, 3)), np.ones((SIDE // 7, SIDE // 7, 1)))
+    return np.clip(coarse + rng.normal(0, 4, (SIDE, SIDE, 3)), 0, 255).astype(np.uint8)
+
+
+PIXELS = _scene()
 
 
 def percentiles(ms: Sequence[float]) -> dict[str, float]:
@@ -133,11 +146,10 @@ def overhead(count: int) -> dict[str, Any]:
     with plain_server("echo") as address:
         results["bare echo"] = _echo(address, count)
     with endpoint(0) as address:
-        for name, options in (("through the proxy", ClientOptions()), ("direct", ClientOptions(direct=True))):
+        for name, options in PATHS.items():
             results[name] = _client_path(f"ws://{address}", options, count)
-    floor = results["in process"]["p50_ms"]
-    for name in ("through the proxy", "direct"):
-        results[name]["overhead_p50_ms"] = round(results[name]["p50_ms"] - floor, 3)
+    for name in PATHS:
+        results[name]["overhead_p50_ms"] = round(results[name]["p50_ms"] - results["in process"]["p50_ms"], 3)
     return results
 
 
@@ -177,7 +189,8 @@ def batching(seconds: float) -> dict[str, Any]:
         alone = asyncio.run(_closed_loop(f"ws://{address}", ClientOptions(), seconds))
     results = {"one at a time": alone}
     with endpoint(BATCH_S) as address:
-        for name, options in (("through the proxy", ClientOptions()), ("direct", ClientOptions(direct=True))):
+        for name in ("through the proxy", "direct"):
+            options = PATHS[name]
             results[name] = asyncio.run(_closed_loop(f"ws://{address}", options, seconds))
             results[name]["ratio"] = round(results[name]["replies_per_s"] / alone["replies_per_s"], 2)
             results[name]["p99_batches"] = round(results[name]["p99_ms"] / (BATCH_S * 1000), 2)
@@ -238,7 +251,7 @@ def main() -> None:
     from dualvla_cluster.connect import connect
 
     connect(num_cpus=4)
-    result: dict[str, Any] = {"machine": machine()}
+    result: dict[str, Any] = {"machine": machine(), "load_of_others": round(os.getloadavg()[0], 1)}
     if arguments.only != "batching":
         result["overhead"] = overhead(arguments.requests)
     if arguments.only != "overhead":
