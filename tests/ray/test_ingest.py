@@ -27,6 +27,7 @@ def contents(folder: str | Path) -> dict[str, bytes]:
     return {str(p.relative_to(folder)): p.read_bytes() for p in sorted(Path(folder).rglob("*")) if p.is_file()}
 
 
+@pytest.mark.slow
 def test_workers_change_no_byte_on_the_way_in_and_out(tmp_path: Path) -> None:
     write_lerobot_v21(tmp_path / "src", episodes=5, steps=6, cameras=1)
     source, options = str(tmp_path / "src"), ["--format", "lerobot", "--convention", "bridge"]
