@@ -1,5 +1,5 @@
-"""A training-free boundary score from self-similarity: where the frames before are alike, those after are alike, and the
-two are not alike (novelty of Foote, 2000, as in the unsupervised baselines of event boundary detection).
+"""A training-free boundary score from self-similarity: where the frames before are alike, those after are alike, and
+the two are not (the novelty of Foote, 2000, as in the unsupervised baselines of event boundary detection).
 
 Knows decoded images only. It is what a learned detector must beat; `events.FrameDifferences` is the other one.
 """
@@ -24,9 +24,9 @@ class SelfSimilarity:
     half_window: int = 5
 
     def scores(self, frames: np.ndarray) -> np.ndarray:
-        """uint8 [N, H, W, 3] -> novelty of every frame, float64 [N] in [-2, 2]; 0 where an end leaves nothing to compare.
+        """uint8 [N, H, W, 3] -> novelty of every frame, float64 [N] in [-2, 2]: t is the first of the frames after.
 
-        Frame t is the first of what comes after.
+        0 where there is nothing before.
         """
         scores = np.zeros(len(frames))
         if len(frames) < 2:

@@ -2,7 +2,7 @@
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dualvla.pruning.boundaries import (
@@ -54,6 +54,7 @@ def test_matches_by_hand(found, true, frames, distance, matched):
     assert count_matches(np.array(found), np.array(true), frames, distance) == matched
 
 
+@settings(deadline=None)
 @given(frame_sets, frame_sets, st.sampled_from(RELATIVE_DISTANCES))
 def test_the_matching_is_the_largest_there_is(found, true, distance):
     def largest(found, true):
@@ -87,6 +88,7 @@ def test_f1_rises_with_the_distance_and_is_one_only_for_the_same_boundaries():
     assert (Counts.of([np.array([3])], nothing, [30]).f1() == 0).all()
 
 
+@settings(deadline=None)
 @given(st.lists(st.floats(0, 1), max_size=30), st.floats(0, 1), st.integers(0, 5))
 def test_peaks_are_apart_above_the_threshold_and_leave_no_higher_frame_out(scores, threshold, gap):
     scores = np.array(scores)
@@ -134,6 +136,7 @@ def test_every_kth_frame_is_the_best_of_all_also_from_the_end():
     assert [late(frames)[-1] for frames in (30, 20, 9)] == [27, 17, 6]
 
 
+@settings(deadline=None, max_examples=30)
 @given(st.lists(st.tuples(st.integers(2, 15), frame_sets), min_size=1, max_size=4))
 def test_no_every_kth_frame_beats_the_one_that_is_chosen(episodes):
     frames = [n for n, _ in episodes]
