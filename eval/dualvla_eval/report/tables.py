@@ -17,7 +17,7 @@ DASH = "–"  # what is absent: nobody has measured it
 class Number:
     """A figure in the unit of its column. [low, high]: its 95 % interval; n: how many trials it rests on.
 
-    note: what a reader must know about this one figure.
+    note: what a reader must know about this one figure. digits: shown after the point, in place of the column's.
     """
 
     value: float
@@ -25,6 +25,7 @@ class Number:
     high: float | None = None
     n: int | None = None
     note: str = ""
+    digits: int | None = None
 
 
 Cell = Number | str | None
@@ -94,7 +95,9 @@ def text(cell: Cell, digits: int = 1) -> str:
     """The figure alone, as it is shown."""
     if cell is None:
         return DASH
-    return cell if isinstance(cell, str) else figure(cell.value, digits)
+    if isinstance(cell, str):
+        return cell
+    return figure(cell.value, digits if cell.digits is None else cell.digits)
 
 
 def figure(value: float, digits: int) -> str:

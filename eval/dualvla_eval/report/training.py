@@ -87,7 +87,7 @@ def _texts(data: Pruned) -> Table | None:
         return None
     found = data.report["text"]
     rows = [
-        Row({"what": label, **{s: number(found[s][name]) for s in _TEXT_SETS}})
+        Row({"what": label, **{s: _count_or_share(found[s][name]) for s in _TEXT_SETS}})
         for name, label in _TEXT_STATISTICS.items()
     ]
     for order in found["all"]["entropy_bits"]:
@@ -103,6 +103,10 @@ def _texts(data: Pruned) -> Table | None:
     )
     title = f"Reasoning before and after: {data.name}"
     return Table(f"pruning-texts-{slug(data.name)}", title, caption, columns, tuple(rows))
+
+
+def _count_or_share(value: float) -> Number:
+    return Number(value, digits=0 if isinstance(value, int) else None)
 
 
 def timelines(data: Pruned) -> list[dict[str, str]]:
