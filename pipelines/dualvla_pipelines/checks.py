@@ -78,7 +78,7 @@ def check_rows(table: pa.Table, images: bool = True) -> list[Finding]:
 
 @dataclass(frozen=True)
 class _Episodes:
-    """opens: bool [rows], where a robot episode or a multimodal row begins; first: int [rows], where a row's own does."""
+    """opens: bool [rows], where a robot episode or a multimodal row begins; first: int [rows], that row."""
 
     ids: list[str | None]
     is_robot: np.ndarray

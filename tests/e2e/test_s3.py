@@ -126,7 +126,9 @@ def test_a_store_that_stays_down_ends_in_a_typed_error_and_the_job_resumes(
 
     with monkeypatch.context() as patch:
         patch.setattr(storage, "write_bytes", write_then_fail)
-        with pytest.raises(StorageError, match=r"the store failed 3 times, at last with: .*(Service Unavailable|Reduce your rate)") as caught:
+        with pytest.raises(
+            StorageError, match=r"the store failed 3 times, at last with: .*(Service Unavailable|Reduce your rate)"
+        ) as caught:
             ingest.ingest(source, f"{here}/data", config)
     assert caught.value.exit_code == 1
     assert "the same command resumes" in str(caught.value)
