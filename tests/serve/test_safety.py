@@ -148,11 +148,16 @@ def test_a_robot_that_stands_still_may_see_the_same_for_ever() -> None:
 
 
 def test_one_frozen_camera_of_two_is_found() -> None:
-    limits, watch = Embodiment(frozen_after=3), Watch()
-    with pytest.raises(FrozenError, match="'wrist'"):
-        for i in range(10):
+    def watched(steps: int) -> Watch:
+        watch = Watch()
+        for i in range(steps):
             both = {"main": seen(i).images["main"], "wrist": seen(0).images["main"]}
-            watch = check_observation(replace(seen(0, 0.01 * i), images=both), None, limits, watch)
+            watch = check_observation(replace(seen(0, 0.01 * i), images=both), None, Embodiment(frozen_after=3), watch)
+        return watch
+
+    watched(2)
+    with pytest.raises(FrozenError, match="'wrist'"):
+        watched(10)
 
 
 def test_a_hold_moves_nothing_and_keeps_the_gripper() -> None:
