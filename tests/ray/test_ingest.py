@@ -73,7 +73,7 @@ def test_a_file_that_kills_its_worker_costs_that_file(tmp_path: Path, monkeypatc
 def kill_after_first(command: list[str], sign: Path, pattern: str, delay_s: float) -> None:
     """Runs a command and kills its whole group a moment after the first file of that name has appeared."""
     process = subprocess.Popen([sys.executable, "-m", "dualvla", *command], start_new_session=True)
-    deadline = time.monotonic() + 120
+    deadline = time.monotonic() + 400
     while not list(sign.glob(pattern)) and process.poll() is None:
         assert time.monotonic() < deadline
         time.sleep(0.005)
