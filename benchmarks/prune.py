@@ -312,10 +312,10 @@ def main() -> None:
         found = json.loads(arguments.out.read_text()) if arguments.out.exists() else {}
         found["machine"] = f"{os.cpu_count()} {platform.machine()} cores, no GPU, {platform.system()}"
         for name in chosen:
-            found[name] = PARTS[name](data, Path(scratch))
+            found[name] = PARTS[name](data, Path(scratch)) | {"load_average": os.getloadavg()[0]}
+            found["costs"] = costs(found)
+            arguments.out.write_text(json.dumps(found, indent=2) + "\n")
             print(f"{name:12}", *(f"{value:12.2f} {key}" for key, value in found[name].items()), sep="  ", flush=True)
-    found["costs"] = costs(found)
-    arguments.out.write_text(json.dumps(found, indent=2) + "\n")
 
 
 if __name__ == "__main__":
