@@ -66,7 +66,7 @@ def running_head(num_cpus: int = 2, **env: str) -> Iterator[Head]:
 
 def dualvla(head: Head, *argv: str, **env: str) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-m", "dualvla", *argv]
-    return subprocess.run(command, env=head.env | env, capture_output=True, text=True, timeout=200)
+    return subprocess.run(command, env=head.env | env, capture_output=True, text=True, timeout=400)
 
 
 def free_ports(count: int) -> list[int]:

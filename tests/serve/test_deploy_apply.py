@@ -19,7 +19,7 @@ from unit import vla_fakes
 from dualvla.client import ClientOptions, PolicyClient
 from dualvla.schema import Observation
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(1500)]
 ROBOTS = 4
 
 
@@ -41,7 +41,7 @@ def deploy(head: Head, checkpoint: str, file: Path, port: int) -> dict[str, str]
     """Builds and applies."""
     built = dualvla(head, "deploy", "build", checkpoint, "--out", str(file), "--port", str(port), "--cpus", "0.5")
     assert built.returncode == 0, built.stderr
-    applied = dualvla(head, "deploy", "apply", str(file), "--address", head.address, "--wait", "180", "--json")
+    applied = dualvla(head, "deploy", "apply", str(file), "--address", head.address, "--wait", "360", "--json")
     assert applied.returncode == 0, applied.stderr
     return json.loads(applied.stdout)["applications"]
 
@@ -97,7 +97,7 @@ def test_an_endpoint_that_cannot_start_is_told(head: Head, tmp_path: Path) -> No
 
 
 def _until(reached: object, asked: list[object]) -> None:
-    deadline = time.monotonic() + 120
+    deadline = time.monotonic() + 300
     while not reached():
         for one in asked:
             if one.done():
