@@ -250,6 +250,7 @@ def main() -> None:
         return
     from dualvla_cluster.connect import connect
 
+    os.environ.setdefault("RAY_worker_niceness", "0")  # else the replica yields to every other program, with 15
     connect(num_cpus=4)
     result: dict[str, Any] = {"machine": machine(), "load_of_others": round(os.getloadavg()[0], 1)}
     if arguments.only != "batching":

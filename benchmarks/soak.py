@@ -210,6 +210,7 @@ def soak(minutes: float, checkpoint: str) -> dict[str, Any]:
             return ModelSource(lambda: LoadedPolicy(FixedPolicy(), example), "1")
         return checkpoints.source(text)
 
+    os.environ.setdefault("RAY_worker_niceness", "0")  # else the replica yields to every other program, with 15
     connect(num_cpus=4)
     config = EndpointConfig(port=0, embodiment="unlimited", max_batch_size=32)
     with serving(source, {"tiny": checkpoint, "fixed": "fixed"}, config) as address:

@@ -65,6 +65,7 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
     if arguments.keys_file:
         read_keys(arguments.keys_file)
     config = endpoint_config(arguments)
+    os.environ.setdefault("RAY_worker_niceness", "0")  # Ray's 15 makes robots wait for whatever else runs here
     connect(num_cpus=max(config.scaling.replicas, config.scaling.most) + 2)
     with serving(checkpoint_source(config), models, config) as address:
         signals = _catch_signals()
