@@ -76,7 +76,7 @@ class DetectorConfig:
     pretrained: str | None = None
     steps: int = 800
     batch_episodes: int = 6
-    keep_every: int = 100
+    keep_every: int = 25
     learning_rate: float = 1.5e-3
     weight_decay: float = 0.05
     warm_up: float = 0.1
