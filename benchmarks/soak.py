@@ -202,6 +202,7 @@ def soak(minutes: float, checkpoint: str) -> dict[str, Any]:
     from dualvla_serve.deploy import serving
     from dualvla_serve.models import ModelSource
 
+    load = round(os.getloadavg()[0], 1)
     side = load_config(checkpoint).image_size
     example = Observation({"main": np.zeros((64, 64, 3), np.uint8)}, INSTRUCTION, np.zeros(4, np.float32))
 
@@ -217,6 +218,7 @@ def soak(minutes: float, checkpoint: str) -> dict[str, Any]:
         tallies, memory = asyncio.run(drive(address, minutes * 60, (side, 64)))
     result: dict[str, Any] = {
         "machine": f"{os.cpu_count()} {platform.machine()} cores, no GPU, Python {platform.python_version()}",
+        "load_of_others": load,
         "minutes": minutes,
         "requests": {name: tally.summary() for name, tally in tallies.items()},
         "memory": memory,
