@@ -5,11 +5,14 @@ import json
 import os
 import signal
 import socket
+import ssl
 import subprocess
 import sys
+import time
 import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow.parquet as pq
@@ -18,15 +21,19 @@ import serve_fakes
 from ray import cloudpickle
 from serve_fakes import load_broken
 from unit import vla_fakes
+from websockets.sync.client import connect
 
 from dualvla import cli
 from dualvla.client import PolicyClient, RemotePolicy
 from dualvla.errors import PolicyError, ServerError
+from dualvla.io.dataset import open_dataset
 from dualvla.models.checkpoint import save_checkpoint
 from dualvla.models.stages import prepare
 from dualvla.models.vla import VLA
 from dualvla.schema import Observation
 from dualvla.vla_policy import VLAPolicy
+from dualvla.wire import messages
+from dualvla.wire.openpi import pack, unpack
 from dualvla_serve.config import EndpointConfig
 from dualvla_serve.deploy import running
 
@@ -38,24 +45,30 @@ cloudpickle.register_pickle_by_value(serve_fakes)
 def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> str:
     """A tiny random reasoning policy for the suite `blocks`."""
     folder = str(tmp_path_factory.mktemp("served") / "dual")
-    config = prepare(vla_fakes.config(proprio_dim=4, image_size=64), "dual")
-    processor = vla_fakes.processor(config)
-    model = VLA.create(config, processor, seed=0)
-    save_checkpoint(folder, model.state_dict(), model.config, processor, {"stage": "dual"})
+    write_checkpoint(folder, seed=0)
     return folder
 
 
+def write_checkpoint(folder: str, seed: int) -> None:
+    config = prepare(vla_fakes.config(proprio_dim=4, image_size=64), "dual")
+    processor = vla_fakes.processor(config)
+    model = VLA.create(config, processor, seed=seed)
+    save_checkpoint(folder, model.state_dict(), model.config, processor, {"stage": "dual"})
+
+
 @contextlib.contextmanager
-def served(checkpoint: str, *options: str) -> Iterator[dict[str, str]]:
-    """The endpoint's addresses. Ended with Ctrl-C, which must leave exit code 0 and a free port."""
+def served(checkpoint: str, *options: str) -> Iterator[dict[str, Any]]:
+    """The endpoint's addresses and `pid`. Ended with Ctrl-C, which must leave exit code 0 and a free port."""
     environment = {k: v for k, v in os.environ.items() if not k.startswith("RAY_AUTH")}
     command = [sys.executable, "-m", "dualvla", "serve", checkpoint, "--json", "--port", "0", *options]
+    if "--state-dir" not in options:
+        command += ["--state-dir", str(Path(checkpoint).parent / "state")]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment)
     assert process.stdout is not None
     try:
         first = process.stdout.readline()
         assert first, "ended before it was ready"
-        yield json.loads(first)
+        yield {**json.loads(first), "pid": process.pid}
         process.send_signal(signal.SIGINT)
         assert process.wait(120) == 0
         port = int(json.loads(first)["websocket"].rpartition(":")[2])
@@ -97,6 +110,60 @@ def test_a_checkpoint_is_served_unchanged_over_every_route(checkpoint: str, tmp_
         with urllib.request.urlopen(request) as answer:
             actions = np.float32(json.load(answer)["actions"])
         np.testing.assert_array_equal(actions, local.infer([asked], ["arm"])[0].actions)
+
+
+@pytest.fixture(scope="module")
+def certificate(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, str]:
+    folder = tmp_path_factory.mktemp("tls")
+    cert, key = str(folder / "cert.pem"), str(folder / "key.pem")
+    subprocess.run(
+        ["openssl", "req", "-x509", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:P-256", "-nodes", "-days", "1",
+         "-subj", "/CN=127.0.0.1", "-addext", "subjectAltName=IP:127.0.0.1", "-keyout", key, "-out", cert],
+        check=True, capture_output=True,
+    )  # fmt: skip
+    return cert, key
+
+
+@pytest.mark.slow
+def test_new_weights_answer_on_the_same_encrypted_connection_and_what_happened_is_recorded(
+    tmp_path: Path, certificate: tuple[str, str]
+) -> None:
+    folder, recorded = str(tmp_path / "dual"), tmp_path / "recorded"
+    write_checkpoint(folder, seed=1)
+    old = VLAPolicy.from_pretrained(folder)
+    trusting = ssl.create_default_context(cafile=certificate[0])
+    tls = ["--cert", certificate[0], "--key-file", certificate[1], "--record", str(recorded)]
+    with served(folder, *tls) as endpoint:
+        with connect(endpoint["websocket"], ssl=trusting) as proxied:
+            direct = unpack(proxied.recv())["listener"]
+        assert direct.startswith("wss://")
+        with (
+            connect(f"{endpoint['websocket']}/?session=a", ssl=trusting) as proxied,
+            connect(f"{direct}/?session=b", ssl=trusting) as straight,
+        ):
+            pair = {"a": proxied, "b": straight}
+            for connection in pair.values():
+                connection.recv()
+
+            def ask(name: str, step: int) -> dict[str, Any]:
+                pair[name].send(pack(messages.observation_to_wire(observation(5, step))))
+                return unpack(pair[name].recv(timeout=60))
+
+            first = {name: ask(name, 0) for name in pair}
+            for name, reply in first.items():
+                np.testing.assert_array_equal(reply["actions"], old.infer([observation(5)], [name])[0].actions)
+            write_checkpoint(folder, seed=2)
+            new = VLAPolicy.from_pretrained(folder)
+            os.kill(endpoint["pid"], signal.SIGHUP)
+            deadline = time.monotonic() + 120
+            for name in pair:
+                while (reply := ask(name, 1))["model"] == first[name]["model"]:
+                    assert time.monotonic() < deadline
+                np.testing.assert_array_equal(reply["actions"], new.infer([observation(5, 1)], [name])[0].actions)
+    (replica,) = recorded.iterdir()
+    rows = open_dataset(str(replica)).read(["episode_id", "instruction"]).to_pylist()
+    assert len({row["episode_id"] for row in rows}) == 2
+    assert {row["instruction"] for row in rows} == {vla_fakes.TEXTS[0]}
 
 
 @pytest.mark.slow
