@@ -4,7 +4,8 @@
 
 kinematics  Eq. 4 over episodes of 50 frames laid end to end, against a numpy loop over frames, on one core
 files       `prune --mode action` with one worker, against only reading and writing the same parquet with pyarrow;
-            and with two workers, against one
+            and with two workers, against one; cpu_ratio: the same work on 20 parts in this process, without Ray, in
+            CPU seconds, which other work on the machine hardly changes
 detector    `prune --mode scene --detector` with two workers on half of the data, against that detector (the default
             size, untrained) in two processes on frames decoded beforehand
 memory      peak of driver and workers (proportional set size) on the whole data set, against a tenth of it
@@ -106,8 +107,22 @@ def files(data: str, scratch: Path) -> dict[str, float]:
         **{f"{name}_mb_per_s": size / s for name, s in seconds.items()},
         "one_worker_frames_per_s": frames_of(data) / seconds["one_worker"],
         "ratio": seconds["pyarrow_only"] / seconds["one_worker"],
+        "cpu_ratio": cpu_ratio(data, scratch),
         "two_workers_ratio": seconds["one_worker"] / seconds["two_workers"],
     }
+
+
+def cpu_ratio(data: str, scratch: Path, parts: int = 20) -> float:
+    from dualvla_pipelines.prune import PartPruner, PruneConfig, PruneJob
+
+    pruner = PartPruner(PruneJob(data, str(scratch / "cpu"), PruneConfig(mode="action")))
+    names = [Path(file).name for file in dataset.open_dataset(data).files[:parts]]
+    plain, pruned = [], []
+    for _ in range(4):  # in turn, and the best of each: caches and neighbours change meanwhile
+        plain.append(best_of(1, lambda: read_and_write(data, scratch / "cpu-plain", parts)))
+        pruned.append(best_of(1, lambda: [pruner(name) for name in names]))
+        shutil.rmtree(scratch / "cpu")
+    return min(plain) / min(pruned)
 
 
 def read_and_write(data: str, out: Path, parts: int | None = None) -> None:
