@@ -1,7 +1,7 @@
 """Round trip with the `lerobot` package, the reference: it reads what we write, and we read what it writes.
 
-It does not resolve with our pins, so it lives in an environment of its own: the one named by DUALVLA_TEST_LEROBOT (the
-path of its python), else one made below the cache folder at first use (some minutes, 5 GB: it brings its own torch).
+It does not resolve with our pins, so it lives in an environment of its own: DUALVLA_TEST_LEROBOT names its python, or is
+"install" to make one below the cache folder (some minutes and 5 GB: it brings its own torch). Skipped without it.
 """
 
 from __future__ import annotations
@@ -73,13 +73,15 @@ data.finalize()
 def lerobot_python() -> str:
     """An interpreter that imports lerobot. Skips, saying why, where there is none and none can be made."""
     named = os.environ.get("DUALVLA_TEST_LEROBOT")
-    if named:
+    if not named:
+        pytest.skip("lerobot and its torch are 5 GB: set DUALVLA_TEST_LEROBOT to its python, or to 'install'")
+    if named != "install":
         return named
     pyenv = Path(os.environ.get("PYENV_ROOT") or Path.home() / ".pyenv")
     candidates = ["python3.12", "python3.13", *map(str, sorted(pyenv.glob("versions/3.1[23].*/bin/python")))]
     base = next((found for name in candidates if (found := shutil.which(name)) and answers(found)), None)
     if base is None:
-        pytest.skip("lerobot 0.6 needs Python 3.12, which is not here (DUALVLA_TEST_LEROBOT may name its python)")
+        pytest.skip("lerobot 0.6 needs Python 3.12, which is not here")
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "dualvla-tests" / "lerobot-0.6.1"
     python = cache / "bin" / "python"
     if not (cache / "ready").exists():
