@@ -1,7 +1,7 @@
 """Round trip with the `lerobot` package, the reference: it reads what we write, and we read what it writes.
 
-It does not resolve with our pins, so it lives in an environment of its own: DUALVLA_TEST_LEROBOT names its python, or is
-"install" to make one below the cache folder (some minutes and 5 GB: it brings its own torch). Skipped without it.
+It does not resolve with our pins, so it lives in an environment of its own: DUALVLA_TEST_LEROBOT names its python, or
+is "install" to make one below the cache folder (some minutes and 5 GB: it brings its own torch). Skipped without it.
 """
 
 from __future__ import annotations
