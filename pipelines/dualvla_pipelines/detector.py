@@ -7,8 +7,9 @@ network and clips; nothing of the simulator.
 
 from __future__ import annotations
 
+import contextlib
 import logging
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -161,7 +162,8 @@ def _boundaries(examples: Sequence[Example]) -> int:
 
 
 def _fit(examples: Sequence[Example], out: str, config: DetectorConfig, device: str) -> DDMNet:
-    with torch.random.fork_rng(devices=[]):  # dropout and the first weights draw from PyTorch's own state
+    # Dropout and the first weights draw from PyTorch's own state.
+    with _one_thread(), torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.seed)
         net = pretrained_net(config.network, config.pretrained) if config.pretrained else DDMNet(config.network)
         net.to(device).train()
@@ -181,6 +183,17 @@ def _fit(examples: Sequence[Example], out: str, config: DetectorConfig, device: 
                     _keep(out, net, optimizer, step + 1)
                     losses.clear()
     return net
+
+
+@contextlib.contextmanager
+def _one_thread() -> Iterator[None]:
+    """Several threads add up in an order of their own, and a resumed training would end in other bytes."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
 
 
 def _draw(step: int, count: int, config: DetectorConfig) -> list[tuple[int, int]]:
