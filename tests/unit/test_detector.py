@@ -149,7 +149,7 @@ def test_it_learns_which_changes_matter(make_rows, tmp_path):
     """The square's jumps are all that frame differences see; the lamps are what was learned."""
     folders = [make_data(str(tmp_path / str(seed)), make_rows, n, seed) for seed, n in ((2, 80), (3, 30))]
     model = str(tmp_path / "model")
-    cli.call("detector", ["train", folders[0], model, *settings(steps=4, keep_every=25, learning_rate=0.002)])
+    cli.call("detector", ["train", folders[0], model, *settings(steps=250, keep_every=50, learning_rate=0.002)])
     result = cli.call("detector", ["eval", model, folders[1]])
     assert result["methods"]["detector"]["f1"] > 0.8
     assert all(lead["low"] > 0.15 for lead in result["lead"].values()), result["lead"]
