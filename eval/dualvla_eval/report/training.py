@@ -15,7 +15,7 @@ from dualvla_eval.report.gather import PRUNING_REPORT, Checkpoint, Gathered, Pru
 from dualvla_eval.report.leaderboard import slug
 from dualvla_eval.report.tables import Column, Number, Row, Table, number
 
-_SPEEDS = ("lr", "grad_norm", "samples_per_s")  # of metrics.jsonl, not losses
+_NO_LOSSES = ("lr", "grad_", "samples_per_s")  # beginnings of names in metrics.jsonl
 _STEP = "step"
 
 
@@ -159,7 +159,7 @@ def _curves(checkpoint: Checkpoint) -> list[tuple[str, markupsafe.Markup]]:
 
 def _last_losses(found: Gathered) -> Table:
     """Means over the last tenth of each stage."""
-    terms = list(dict.fromkeys(n for c in found.checkpoints for n in _terms(c) if n not in _SPEEDS))
+    terms = list(dict.fromkeys(n for c in found.checkpoints for n in _terms(c) if not n.startswith(_NO_LOSSES)))
     rows = []
     for checkpoint in found.checkpoints:
         tail = checkpoint.lines[-max(1, len(checkpoint.lines) // 10) :]
