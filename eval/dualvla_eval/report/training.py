@@ -146,7 +146,7 @@ def _terms(checkpoint: Checkpoint) -> list[str]:
     """The quantities that were recorded and are not 0 throughout; the total first, speeds last."""
     names = dict.fromkeys(name for line in checkpoint.lines for name in line if name != _STEP)
     used = [n for n in names if any(line.get(n) for line in checkpoint.lines)]
-    return sorted(used, key=lambda n: (n != "loss", n in _SPEEDS, n))
+    return sorted(used, key=lambda n: (n != "loss", n.startswith(_NO_LOSSES), n))
 
 
 def _curves(checkpoint: Checkpoint) -> list[tuple[str, markupsafe.Markup]]:
