@@ -33,12 +33,17 @@ def start():
         command = [sys.executable, "-m", "dualvla", "run", "--recipe", "debug", "--out", str(out)]
         log = Path(f"{out}.log")
         with log.open("ab") as sink:
-            started.append(subprocess.Popen(command, stdout=sink, stderr=sink))
+            started.append(subprocess.Popen(command, stdout=sink, stderr=sink, preexec_fn=heed_ctrl_c))
         return started[-1], log
 
     yield start_run
     for process in started:
         process.kill()
+
+
+def heed_ctrl_c():
+    """A shell starts what runs in its background with SIGINT ignored, and so would be all that the tests start."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
 def wait_for_stage(process, log, offset, name):
