@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import subprocess
@@ -11,6 +12,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
+import psutil
 import pytest
 from robot_sources import write_bridge, write_lerobot_v21
 
@@ -71,15 +73,19 @@ def test_a_file_that_kills_its_worker_costs_that_file(tmp_path: Path, monkeypatc
 
 
 def kill_after_first(command: list[str], sign: Path, pattern: str, delay_s: float) -> None:
-    """Runs a command and kills its whole group a moment after the first file of that name has appeared."""
-    process = subprocess.Popen([sys.executable, "-m", "dualvla", *command], start_new_session=True)
+    """Runs a command and kills it, and all under it, a moment after the first file of that name has appeared."""
+    process = subprocess.Popen([sys.executable, "-m", "dualvla", *command])
     deadline = time.monotonic() + 400
     while not list(sign.glob(pattern)) and process.poll() is None:
         assert time.monotonic() < deadline
         time.sleep(0.005)
     time.sleep(delay_s)  # another moment for each seed
     if process.poll() is None:
-        os.killpg(process.pid, signal.SIGKILL)
+        family = [psutil.Process(process.pid), *psutil.Process(process.pid).children(recursive=True)]
+        for member in family:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                member.kill()
+        psutil.wait_procs(family, timeout=60)
     process.wait()
 
 
