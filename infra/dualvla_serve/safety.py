@@ -49,13 +49,12 @@ class Embodiment:
     gripper_state: int | None = None
 
 
-# `generic` is far beyond what a policy at a few Hz commands and well below what a runaway does. The others are the
+# `generic` is far beyond what a policy at a few Hz commands and well below what a runaway does; it takes no camera for
+# frozen, as a simulated one rightly shows the very same picture while the arm is outside of it. The others are the
 # ranges of the robots' own public data sets at their control rates (Bridge at 5 Hz, RT-1 at 3 Hz, DROID at 15 Hz).
 EMBODIMENTS: Mapping[str, Embodiment] = {
     "unlimited": Embodiment(),
-    "generic": Embodiment(
-        max_position_m=0.2, max_rotation_rad=0.8, gripper=(-0.5, 1.5), max_age_ms=2000.0, frozen_after=10
-    ),
+    "generic": Embodiment(max_position_m=0.2, max_rotation_rad=0.8, gripper=(-0.5, 1.5), max_age_ms=2000.0),
     "widowx": Embodiment(
         max_position_m=0.05, max_rotation_rad=0.25, gripper=(0.0, 1.0), max_age_ms=600.0, frozen_after=5
     ),
