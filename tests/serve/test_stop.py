@@ -167,8 +167,12 @@ def test_who_asked_for_holds_gets_one_with_every_fault() -> None:
         assert "fault" not in ask(connection)
 
 
-def test_stale_and_frozen_observations_are_refused_counted_and_logged(caplog: pytest.LogCaptureFixture) -> None:
-    with endpoint(embodiment="generic") as running, talking(running.address, "?session=arm") as (connection, _):
+def test_stale_and_frozen_observations_are_refused_counted_and_logged(
+    caplog: pytest.LogCaptureFixture, tmp_path: Path
+) -> None:
+    robot = tmp_path / "robot.json"
+    robot.write_text(json.dumps({"max_age_ms": 2000, "frozen_after": 10}))
+    with endpoint(embodiment=str(robot)) as running, talking(running.address, "?session=arm") as (connection, _):
         assert kind(ask(connection, age_ms=5000.0, id="old")) == "unsafe"
         for i in range(12):
             pose = {"observation/ee_pose": np.array([0.01 * i, 0, 0, 0, 0, 0])}
