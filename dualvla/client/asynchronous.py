@@ -27,7 +27,6 @@ from dualvla.wire.openpi import pack
 log = logging.getLogger("dualvla.client")
 
 _RESET_FRAME = pack(dict(messages.RESET))
-_TAKEN_OVER = 4001  # WebSocket close code: another connection goes on with this session
 
 
 class AsyncPolicyClient:
@@ -135,7 +134,7 @@ class AsyncPolicyClient:
             except (ConnectionClosed, OSError) as error:
                 await self._drop()
                 lost = error
-                if isinstance(error, ConnectionClosed) and error.rcvd and error.rcvd.code == _TAKEN_OVER:
+                if isinstance(error, ConnectionClosed) and error.rcvd and error.rcvd.code == messages.TAKEN_OVER:
                     raise SessionLostError(
                         f"Another connection took session '{self.session}' over.", "give every robot its own session"
                     ) from error

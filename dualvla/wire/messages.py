@@ -49,6 +49,7 @@ from dualvla.wire.images import MAX_SIDE
 
 PROTOCOL = 1
 SESSION_HEADER = "X-Session-Id"
+TAKEN_OVER = 4001  # WebSocket close code: another connection goes on with this session
 RESET: Mapping[str, Any] = MappingProxyType({"reset": True})
 
 MAX_TEXT = 4000  # characters of an instruction

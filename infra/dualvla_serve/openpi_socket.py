@@ -11,7 +11,7 @@ import time
 import uuid
 from typing import Any
 
-from starlette.websockets import WebSocket, WebSocketDisconnect, WebSocketState
+from starlette.websockets import WebSocket, WebSocketDisconnect
 
 from dualvla.errors import DualVLAError, SessionLostError, WireError
 from dualvla.wire import images, mapping, messages
@@ -19,12 +19,12 @@ from dualvla.wire.openpi import pack, unpack
 from dualvla.wire.options import SESSION, options_from_query, resume_from_query
 from dualvla_serve.failures import failure_of
 from dualvla_serve.gate import identity_of
+from dualvla_serve.line import EXPIRED, TRY_AGAIN, Line
 from dualvla_serve.replica import Arrival, Replica
 from dualvla_serve.sessions import Session
 
 log = logging.getLogger("dualvla.serve")
 
-TAKEN_OVER, EXPIRED, TRY_AGAIN, RESTARTING = 4001, 4002, 1013, 1012  # WebSocket close codes
 _ENDED_ON_PURPOSE = (1000, 1001)
 PROTOCOL = "openpi"
 
@@ -35,8 +35,8 @@ class OpenpiSocket:
     def __init__(self, replica: Replica, websocket: WebSocket):
         self._replica = replica
         self._websocket = websocket
+        self._line = Line(websocket, replica.config.send_timeout_s)
         self._previous_ms: float | None = None
-        self._open = True
 
     async def serve(self) -> None:
         await self._websocket.accept()
@@ -46,10 +46,10 @@ class OpenpiSocket:
                 await self._serve(principal)
         except DualVLAError as error:
             await self._tell(error, "greeting")
-            await self._close(TRY_AGAIN)
+            await self._line.close(TRY_AGAIN)
         except (WebSocketDisconnect, TimeoutError):
             log.debug("a client left in the middle of a message, or did not read")
-            await self._close(TRY_AGAIN)
+            await self._line.close(TRY_AGAIN)
 
     async def _serve(self, principal: str) -> None:
         query = dict(self._websocket.query_params)
@@ -57,12 +57,16 @@ class OpenpiSocket:
         name = messages.session_name(named or uuid.uuid4().hex)
         options = options_from_query(query, self._replica.config.session)
         session, resumed = await self._replica.open(
-            name, principal, options, PROTOCOL, resume_from_query(query), self._evict
+            name, principal, options, PROTOCOL, resume_from_query(query), self._line.evict
         )
         forget = False
         try:
-            await self._send(pack(self._greeting(session, resumed)))
+            await self._line.send(pack(self._greeting(session, resumed)))
             forget = await self._converse(session)
+        except SessionLostError as error:
+            forget = True
+            await self._tell(error, "session")
+            await self._line.close(EXPIRED)
         finally:
             await self._replica.leave(session, forget)
 
@@ -81,25 +85,19 @@ class OpenpiSocket:
     async def _converse(self, session: Session) -> bool:
         """Whether the client ended it on purpose."""
         idle_s = self._replica.config.lifetimes.idle_s
-        while self._open:
-            try:
-                async with asyncio.timeout(idle_s):
-                    event = await self._websocket.receive()
-            except TimeoutError:
-                await self._expire(SessionLostError(f"The session was idle for more than {idle_s:g} s."))
-                return True
+        while self._line.open:
+            event = await self._line.receive(idle_s)
             if event["type"] == "websocket.disconnect":
                 return event.get("code") in _ENDED_ON_PURPOSE
             started = time.monotonic()
             try:
                 frame = await self._answer(event.get("bytes"), session, started)
-            except SessionLostError as error:
-                await self._expire(error)
-                return True
+            except SessionLostError:
+                raise
             except DualVLAError as error:
                 await self._tell(error, f"session {session.name}")
             else:
-                await self._send(frame)
+                await self._line.send(frame)
             self._previous_ms = (time.monotonic() - started) * 1000
         return False
 
@@ -126,30 +124,5 @@ class OpenpiSocket:
         session.steps += replica.models.get(session.options.model).runner.spec.execute_steps
         return pack(reply)
 
-    async def _evict(self, why: str) -> None:
-        await self._close(TAKEN_OVER if why == "taken over" else RESTARTING)
-
-    async def _expire(self, error: SessionLostError) -> None:
-        await self._tell(error, "session")
-        await self._close(EXPIRED)
-
     async def _tell(self, error: DualVLAError, where: str) -> None:
-        failure = failure_of(error, where)
-        if self._open:
-            async with asyncio.timeout(self._replica.config.send_timeout_s):
-                await self._websocket.send_text(failure.to_json())
-
-    async def _send(self, frame: bytes) -> None:
-        """Raises: TimeoutError if the client does not read."""
-        if self._open:
-            async with asyncio.timeout(self._replica.config.send_timeout_s):
-                await self._websocket.send_bytes(frame)
-
-    async def _close(self, code: int) -> None:
-        if self._open and self._websocket.application_state is not WebSocketState.DISCONNECTED:
-            self._open = False
-            try:
-                async with asyncio.timeout(1.0):
-                    await self._websocket.close(code)
-            except (TimeoutError, RuntimeError, WebSocketDisconnect):
-                log.debug("the connection was gone before it was closed")
+        await self._line.send(failure_of(error, where).to_json())

@@ -21,7 +21,7 @@ from dualvla.wire.options import SESSION, options_from_query
 from dualvla.wire.vla_eval import Frame
 from dualvla_serve.failures import failure_of
 from dualvla_serve.gate import identity_of
-from dualvla_serve.openpi_socket import EXPIRED, RESTARTING, TAKEN_OVER, TRY_AGAIN
+from dualvla_serve.line import EXPIRED, TRY_AGAIN, Line
 from dualvla_serve.replica import Arrival, Replica
 from dualvla_serve.sessions import Session
 
@@ -36,6 +36,7 @@ class VlaEvalSocket:
     def __init__(self, replica: Replica, websocket: WebSocket):
         self._replica = replica
         self._websocket = websocket
+        self._line = Line(websocket, replica.config.send_timeout_s)
 
     async def serve(self) -> None:
         await self._websocket.accept()
@@ -45,29 +46,24 @@ class VlaEvalSocket:
                 await self._serve(principal)
         except DualVLAError as error:
             await self._tell(error, 0)
-            await self._close(EXPIRED if isinstance(error, SessionLostError) else TRY_AGAIN)
+            await self._line.close(EXPIRED if isinstance(error, SessionLostError) else TRY_AGAIN)
         except (WebSocketDisconnect, TimeoutError):
             log.debug("a vla-eval client left, or did not read")
-            await self._close(TRY_AGAIN)
+            await self._line.close(TRY_AGAIN)
 
     async def _serve(self, principal: str) -> None:
         query = dict(self._websocket.query_params)
         name = messages.session_name(query.get(SESSION) or uuid.uuid4().hex)
         options = options_from_query(query, self._replica.config.session)
-        session, _ = await self._replica.open(name, principal, options, PROTOCOL, None, self._evict)
+        session, _ = await self._replica.open(name, principal, options, PROTOCOL, None, self._line.evict)
         try:
             await self._converse(session)
         finally:
             await self._replica.leave(session, forget=True)
 
     async def _converse(self, session: Session) -> None:
-        lifetimes = self._replica.config.lifetimes
-        while True:
-            try:
-                async with asyncio.timeout(lifetimes.idle_s):
-                    event = await self._websocket.receive()
-            except TimeoutError:
-                raise SessionLostError(f"The session was idle for more than {lifetimes.idle_s:g} s.") from None
+        while self._line.open:
+            event = await self._line.receive(self._replica.config.lifetimes.idle_s)
             if event["type"] == "websocket.disconnect":
                 return
             arrived = time.monotonic()
@@ -88,12 +84,14 @@ class VlaEvalSocket:
     async def _handle(self, frame: Frame, session: Session, arrived: float) -> None:
         model = self._replica.models.get(session.options.model)
         if frame.type == vla_eval.HELLO:
-            await self._send(vla_eval.pack(vla_eval.HELLO, vla_eval.hello(model.runner.spec, model.name), frame.seq))
+            await self._line.send(
+                vla_eval.pack(vla_eval.HELLO, vla_eval.hello(model.runner.spec, model.name), frame.seq)
+            )
         elif frame.type == vla_eval.EPISODE_START:
             self._replica.reset(session)
         elif frame.type == vla_eval.OBSERVATION:
             action = await self._act(frame, session, arrived)
-            await self._send(vla_eval.pack(vla_eval.ACTION, action, frame.seq))
+            await self._line.send(vla_eval.pack(vla_eval.ACTION, action, frame.seq))
         elif frame.type == vla_eval.ERROR:
             log.info("a vla-eval client told of an error of its own in session %s", session.name)
 
@@ -118,21 +116,7 @@ class VlaEvalSocket:
         session.steps += 1
         return told | {"actions": chunk[0]}
 
-    async def _evict(self, why: str) -> None:
-        await self._close(TAKEN_OVER if why == "taken over" else RESTARTING)
-
     async def _tell(self, error: DualVLAError, seq: int) -> None:
         failure = failure_of(error, "vla-eval")
         payload = {"error": f"{failure.kind}: {failure.message} (error {failure.id})"}
-        await self._send(vla_eval.pack(vla_eval.ERROR, payload, seq))
-
-    async def _send(self, frame: bytes) -> None:
-        async with asyncio.timeout(self._replica.config.send_timeout_s):
-            await self._websocket.send_bytes(frame)
-
-    async def _close(self, code: int) -> None:
-        try:
-            async with asyncio.timeout(1.0):
-                await self._websocket.close(code)
-        except (TimeoutError, RuntimeError, WebSocketDisconnect):
-            log.debug("the connection was gone before it was closed")
+        await self._line.send(vla_eval.pack(vla_eval.ERROR, payload, seq))

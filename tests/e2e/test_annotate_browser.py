@@ -1,7 +1,6 @@
 """The annotation page in a real Chromium: scrub, mark, save, reload; nothing on the console."""
 
 import json
-import shutil
 
 import numpy as np
 import pytest
@@ -10,22 +9,8 @@ from dualvla.io import dataset, manifest
 from dualvla.webpage import PageServer
 from dualvla_pipelines.annotate import Annotator
 
-CHROMIUM = shutil.which("chromium")
-ARGUMENTS = ["--headless", "--no-sandbox", "--disable-gpu", "--disable-background-networking", "--no-first-run"]
 EVIL = "<img src=x onerror=\"document.title='owned'\">"
 FRAMES = 12
-
-pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="there is no chromium on the PATH")
-
-
-@pytest.fixture(scope="module")
-def browser():
-    from playwright.sync_api import sync_playwright
-
-    with sync_playwright() as playwright:
-        chromium = playwright.chromium.launch(executable_path=CHROMIUM, args=ARGUMENTS)
-        yield chromium
-        chromium.close()
 
 
 def gray(frame):

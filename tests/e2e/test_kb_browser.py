@@ -1,7 +1,5 @@
 """`dualvla kb edit` in a real Chromium, by keyboard alone: watch, mark, save, next; and hostile text stays text."""
 
-import shutil
-
 import pytest
 from eval_fakes import SayingPolicy
 from judge_fakes import evaluation
@@ -11,21 +9,7 @@ from dualvla_eval.judges import get_judge
 from dualvla_eval.kb_page import make_page
 from dualvla_eval.knowledge import BuildConfig, KnowledgeBase, build
 
-CHROMIUM = shutil.which("chromium")
-ARGUMENTS = ["--headless", "--no-sandbox", "--disable-gpu", "--disable-background-networking", "--disable-sync"]
 EVIL = '<img src=x onerror="document.title=1"><script>document.title="owned"</script>'
-
-pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="there is no chromium on the PATH")
-
-
-@pytest.fixture(scope="module")
-def browser():
-    from playwright.sync_api import sync_playwright
-
-    with sync_playwright() as playwright:
-        chromium = playwright.chromium.launch(executable_path=CHROMIUM, args=ARGUMENTS)
-        yield chromium
-        chromium.close()
 
 
 @pytest.fixture

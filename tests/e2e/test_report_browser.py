@@ -16,22 +16,10 @@ from dualvla_eval.policies import PolicyRef
 from dualvla_eval.report.site import write_report
 from dualvla_eval.score import SCORES, score_folder
 
-CHROMIUM = shutil.which("chromium")
-ARGUMENTS = [
-    "--headless",
-    "--no-sandbox",
-    "--disable-gpu",
-    "--disable-background-networking",
-    "--disable-component-update",
-    "--disable-sync",
-    "--no-first-run",
-]
 EVIL = '<script>document.title="owned"</script><img src=x onerror="document.title=1">'
 WCAG = ["wcag2a", "wcag2aa", "wcag21a", "wcag21aa"]
 MANY = 1000
 ATTEMPTS = 5  # of what is timed, on a machine that may be doing other work
-
-pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="there is no chromium on the PATH")
 
 
 @pytest.fixture(scope="module")
@@ -77,16 +65,6 @@ def many(tmp_path_factory, site):
         shutil.copy(first, results.trajectory_url(str(folder), copy))
     write_report([str(folder)], str(folder.parent / "report"))
     return folder.parent / "report"
-
-
-@pytest.fixture(scope="module")
-def browser():
-    from playwright.sync_api import sync_playwright
-
-    with sync_playwright() as playwright:
-        chromium = playwright.chromium.launch(executable_path=CHROMIUM, args=ARGUMENTS)
-        yield chromium
-        chromium.close()
 
 
 @pytest.fixture
