@@ -112,10 +112,11 @@ def collect(config: CollectConfig, out: str, workers: int) -> dict[str, Any]:
 def _run(config: CollectConfig, out: str, parts: list[Part], workers: int, done: int, total: int) -> None:
     import ray
 
-    from dualvla_cluster import connect, pool
+    from dualvla_cluster import connect, pool, resources
 
     connect.connect()
-    actor = ray.remote(num_cpus=0.1)(Collector)  # the pool bounds the number of actors, not Ray's CPU count
+    # Without a profile the pool bounds the number of actors, not Ray's CPU count.
+    actor = ray.remote(**resources.reservation("collect", cpus=0.1))(Collector)
     with progress("collect", total, done) as advance:
         for outcome in pool.run(lambda: actor.remote(config, out), "collect", parts, num_actors=workers):
             if outcome.failure:

@@ -17,7 +17,7 @@ import numpy as np
 from dualvla import console
 from dualvla.errors import UsageError, did_you_mean
 from dualvla.io import dataset, manifest, storage
-from dualvla_cluster import connect, pool
+from dualvla_cluster import connect, pool, resources
 from dualvla_eval import policies, results, statistics
 from dualvla_eval.actors import LoadPolicy, SweepWorker, WorkerConfig, WorkItem, write_crashed
 from dualvla_eval.policies import PolicyRef
@@ -152,11 +152,12 @@ def _run_items(config: WorkerConfig, items: Sequence[WorkItem], workers: int) ->
     if not pending:
         return
     connect.connect()
+    options = resources.reservation("eval", cpus=pool_share(workers))
     with console.progress("evaluate", total=total, done=total - todo) as advance:
         while pending:
             crashed: list[WorkItem] = []
             for outcome in pool.run(
-                lambda: SweepWorker.options(num_cpus=pool_share(workers)).remote(config),
+                lambda: SweepWorker.options(**options).remote(config),
                 "run",
                 pending,
                 num_actors=workers,

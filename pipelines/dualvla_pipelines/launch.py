@@ -18,6 +18,7 @@ from ray.train.v2._internal.callbacks.placement_group_callback import PlacementG
 from dualvla import console
 from dualvla.errors import DualVLAError, TrainingError
 from dualvla_cluster.connect import connect
+from dualvla_cluster.resources import reservation
 from dualvla_pipelines import trainer
 from dualvla_pipelines.trainer import METRICS, TrainJob
 
@@ -113,7 +114,9 @@ class _LineCount:
 
 def _fit(job: TrainJob, workers: int, gpus: float) -> None:
     # Fractional logical CPUs: with whole ones, as many workers as cores starve all else and hang without an error.
-    resources = {"CPU": 0.5, **({"GPU": gpus} if gpus else {})}
+    share = reservation("train", cpus=0.5, gpus=gpus)
+    resources = {"CPU": share["num_cpus"], "GPU": share["num_gpus"], "memory": share.get("memory", 0.0)}
+    resources = {name: amount for name, amount in resources.items() if amount}
     _Trainer(
         trainer.train,
         train_loop_config=job,

@@ -205,22 +205,24 @@ def on_ray(job: PruneJob, names: Sequence[str], workers: Workers) -> Iterator[tu
     """(part, tally) as the parts finish. One part is one block: no shuffle, and no image crosses a process."""
     import ray
 
+    from dualvla_cluster import resources
     from dualvla_cluster.connect import connect
 
     connect()
     ray.data.DataContext.get_current().enable_progress_bars = False  # ours counts parts
     logging.getLogger("ray.data").setLevel(logging.ERROR)  # it announces every plan, and that its bars are off
     cluster = ray.cluster_resources()
-    count, resources = workers.plan(len(names), cluster["CPU"], cluster.get("GPU", 0.0), job.detector is not None)
+    count, shares = workers.plan(len(names), cluster["CPU"], cluster.get("GPU", 0.0), job.detector is not None)
+    options = resources.reservation("prune", cpus=shares["num_cpus"], gpus=shares["num_gpus"])
     with warnings.catch_warnings():
         # Deprecated for 2.64, but without it Ray Data tries a part that kills its worker for ever.
         warnings.simplefilter("ignore", DeprecationWarning)
         parts = ray.data.from_items([{"name": name} for name in names], override_num_blocks=len(names)).map(
             _Worker,
-            fn_constructor_args=(job, "cuda" if resources["num_gpus"] else "cpu"),
+            fn_constructor_args=(job, "cuda" if options["num_gpus"] else "cpu"),
             compute=ray.data.ActorPoolStrategy(size=count),
             max_task_retries=_RETRIES,
-            **resources,
+            **options,
         )
     try:
         for row in parts.iter_rows():

@@ -24,7 +24,7 @@ from dualvla.io import dataset, manifest, storage
 from dualvla.models.checkpoint import load_config, load_model
 from dualvla.models.config import ModelConfig
 from dualvla.models.processing import Processor
-from dualvla_cluster import connect, pool
+from dualvla_cluster import connect, pool, resources
 from dualvla_pipelines.fit import check_fit
 from dualvla_pipelines.samples import TrainRows
 
@@ -160,7 +160,8 @@ def _fill(
     gpus = ray.cluster_resources().get("GPU", 0.0)
     total = sum(i.stop - i.start for i in items)
     number = min(workers, len(pending))
-    options = {"num_cpus": 0.5, "num_gpus": min(1.0, gpus / number)}  # of few GPUs, each worker gets a share
+    # Of few GPUs, each worker gets a share.
+    options = resources.reservation("teach", cpus=0.5, gpus=min(1.0, gpus / number))
     job = TeachJob(data, out, teachers, settings, "cuda" if gpus else "cpu")
     with console.progress("teach", total, total - sum(i.stop - i.start for i in pending)) as advance:
         for outcome in pool.run(lambda: TeachWorker.options(**options).remote(job), "run", pending, num_actors=number):

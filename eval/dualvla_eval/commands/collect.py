@@ -8,6 +8,7 @@ from typing import Any
 
 from dualvla.cli import Command
 from dualvla.errors import UsageError
+from dualvla_cluster.resources import add_profile, apply_profile
 
 
 def _configure(parser: argparse.ArgumentParser) -> None:
@@ -23,6 +24,7 @@ def _configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--qa-test", type=int, help="held-out questions, split test (default: a fifth of --qa)")
     parser.add_argument("--seed", type=int, default=0, help="another seed gives other scenes and other noise")
     parser.add_argument("--workers", type=int, default=2, help="simulator processes; changes no result")
+    add_profile(parser)
     parser.add_argument("--out", required=True, help="data set folder (local or URL)")
 
 
@@ -30,6 +32,7 @@ def _run(arguments: argparse.Namespace) -> dict[str, Any]:
     from dualvla_eval.collect import CollectConfig, collect
     from dualvla_eval.suites import get_suite
 
+    apply_profile(arguments, "collect")
     suite = get_suite(arguments.suite)
     tasks = arguments.tasks.split(",") if arguments.tasks else None
     config = CollectConfig(

@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from dualvla.cli import Command
+from dualvla_cluster.resources import add_profile, apply_profile
 
 _ABLATIONS = ("none", "blank-images", "other-instruction")
 
@@ -33,6 +34,7 @@ def _configure(parser: argparse.ArgumentParser) -> None:
         help="numbered episodes per task (default: what the suite fixes)",
     )
     parser.add_argument("--workers", type=int, default=os.cpu_count() or 1, help="worker processes; changes no outcome")
+    add_profile(parser)
     parser.add_argument("--envs-per-worker", type=int, default=5, help="environments that share one forward pass")
     parser.add_argument(
         "--videos",
@@ -59,6 +61,7 @@ def _run(arguments: argparse.Namespace) -> dict[str, Any]:
     from dualvla.errors import UsageError
     from dualvla_eval import policies
 
+    apply_profile(arguments, "eval")
     for option in ("workers", "envs_per_worker"):
         if getattr(arguments, option) < 1:
             raise UsageError(f"--{option.replace('_', '-')} must be 1 or more.", "leave it out for the default")

@@ -5,6 +5,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from dualvla.cli import Command
+from dualvla_cluster.resources import add_profile, apply_profile
 
 
 def _configure(parser: argparse.ArgumentParser) -> None:
@@ -23,6 +24,7 @@ def _configure(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--camera", help="whose images the scene label sees (default: each step's first)")
     parser.add_argument("--workers", type=int, default=None, help="processes (default: one a CPU)")
+    add_profile(parser)
     parser.add_argument(
         "--worker-gpus",
         type=float,
@@ -44,6 +46,7 @@ def _run(arguments: argparse.Namespace) -> dict[str, Any]:
     from dualvla_pipelines.prune import PruneConfig, Workers, prune
     from dualvla_pipelines.prune_report import ReportConfig
 
+    apply_profile(arguments, "prune")
     config = PruneConfig(mode=arguments.mode, seed=arguments.seed, strict=arguments.strict, camera=arguments.camera)
     return prune(
         arguments.source,

@@ -6,6 +6,7 @@ import argparse
 from typing import Any
 
 from dualvla.cli import Command
+from dualvla_cluster.resources import add_profile
 
 
 def _configure(parser: argparse.ArgumentParser) -> None:
@@ -13,23 +14,32 @@ def _configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--out", required=True, help="run folder; the same command again resumes it")
     parser.add_argument("--seed", type=int, default=0, help="of data, training and policies")
     parser.add_argument("--workers", type=int, help="processes of collect and eval (default: one a core)")
+    add_profile(parser)
+    parser.add_argument("--dry-run", action="store_true", help="print workers, machines, time and cost; start nothing")
     parser.add_argument(
         "--set", action="append", default=[], metavar="KEY=VALUE", help="change the recipe, as in specialist.steps=100"
     )
 
 
 def _run(arguments: argparse.Namespace) -> dict[str, Any]:
-    from dualvla_pipelines.run import run
+    from dualvla_pipelines.run import dry_run, run
 
+    if arguments.dry_run:
+        return dry_run(arguments.recipe, arguments.set, arguments.profile or "laptop")
     return run(
-        arguments.recipe, arguments.out, assignments=arguments.set, seed=arguments.seed, workers=arguments.workers
+        arguments.recipe,
+        arguments.out,
+        assignments=arguments.set,
+        seed=arguments.seed,
+        workers=arguments.workers,
+        profile=arguments.profile,
     )
 
 
 def _render(result: Any) -> str:
-    from dualvla_pipelines.run import render
+    from dualvla_pipelines import estimate, run
 
-    return render(result)
+    return estimate.render(result) if result.get("dry_run") else run.render(result)
 
 
 COMMAND = Command("the whole pipeline: data, three training stages, evaluation, report", _configure, _run, _render)

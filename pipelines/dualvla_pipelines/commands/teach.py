@@ -8,6 +8,7 @@ from typing import Any
 
 from dualvla.cli import Command
 from dualvla.errors import UsageError
+from dualvla_cluster.resources import add_profile, apply_profile
 
 
 def _configure(parser: argparse.ArgumentParser) -> None:
@@ -21,9 +22,11 @@ def _configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--packed", action="store_true", help="fewer bytes a token, a little less exact")
     parser.add_argument("--seed", type=int, default=0, help="of the views")
     parser.add_argument("--workers", type=int, default=os.cpu_count() or 1, help="processes; changes no result")
+    add_profile(parser)
 
 
 def _run(arguments: argparse.Namespace) -> dict[str, Any]:
+    apply_profile(arguments, "teach")
     if arguments.workers < 1:
         raise UsageError(f"--workers {arguments.workers} is not a number of workers.", "pass 1 or more")
     from dualvla.distill.cache import CacheSettings

@@ -7,6 +7,7 @@ from typing import Any
 
 from dualvla.cli import Command
 from dualvla.errors import UsageError, did_you_mean
+from dualvla_cluster.resources import add_profile, apply_profile
 
 _STAGES = ("specialist", "reasoning", "dual")
 
@@ -24,6 +25,7 @@ def _configure(parser: argparse.ArgumentParser) -> None:
         "--threads", type=int, help="PyTorch threads a worker (default: the machine's cores shared out)"
     )
     parser.add_argument("--gpus", type=float, help="GPUs a worker (default: 1 if the cluster has one for each, else 0)")
+    add_profile(parser)
     parser.add_argument("--seed", type=int, default=0, help="of weights, order of samples and noise")
     parser.add_argument("--stop-after", type=int, metavar="STEP", help="stop after this step, resumable")
     parser.add_argument(
@@ -34,6 +36,7 @@ def _configure(parser: argparse.ArgumentParser) -> None:
 def _run(arguments: argparse.Namespace) -> dict[str, Any]:
     if arguments.stage not in _STAGES:
         raise UsageError(f"Unknown stage '{arguments.stage}'.", did_you_mean(arguments.stage, _STAGES))
+    apply_profile(arguments, "train")
     if arguments.workers < 1:
         raise UsageError(f"--workers {arguments.workers} is not a number of workers.", "pass 1 or more")
     from dualvla_pipelines.train import train
