@@ -10,7 +10,7 @@ from __future__ import annotations
 import time
 import zlib
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -22,6 +22,7 @@ from dualvla.models.config import ModelConfig
 from dualvla.models.processing import Batch, Processor
 from dualvla.models.vla import VLA, Prefix
 from dualvla.schema import Observation, PolicyReply, PolicySpec
+from dualvla.wire.images import fit
 
 
 @dataclass(frozen=True)
@@ -138,13 +139,23 @@ class VLAPolicy:
 
     @torch.inference_mode()
     def answer(self, observations: Sequence[Observation]) -> list[str]:
-        """The greedy answer to the question in each observation's `instruction`. Keeps no state."""
+        """The greedy answer to the question in each observation's `instruction`. Keeps no state.
+
+        A question comes from anywhere: its pictures are fitted to the model's size (black bars keep their shape), and
+        one that comes alone is shown to every camera.
+        """
         if not observations:
             return []
-        batch = self._batch(observations, ["multimodal"] * len(observations))
+        seen = [replace(o, images=self._fitted(o.images)) for o in observations]
+        batch = self._batch(seen, ["multimodal"] * len(seen))
         prefix = self.model.read_prompt(batch)
         ids = self._generate(prefix, [[] for _ in observations], [True] * len(observations))
         return [self.processor.decode(i) for i in ids]
+
+    def _fitted(self, images: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+        size, cameras = self.config.image_size, self.config.cameras
+        fitted = {name: fit(image, size, size) for name, image in images.items()}
+        return dict.fromkeys(cameras, *fitted.values()) if len(fitted) == 1 else fitted
 
     def _batch(self, observations: Sequence[Observation], domains: Sequence[str]) -> Batch:
         batch = self.processor.prompts(

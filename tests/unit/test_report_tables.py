@@ -10,7 +10,7 @@ import pytest
 
 from dualvla_eval.report import leaderboard, published
 from dualvla_eval.report.exports import to_csv, to_json, to_latex
-from dualvla_eval.report.gather import Checkpoint, Episode, Evaluation, Gathered, PolicyResult, Pruned
+from dualvla_eval.report.gather import Answers, Checkpoint, Episode, Evaluation, Gathered, PolicyResult, Pruned
 from dualvla_eval.report.leaderboard import Palette
 from dualvla_eval.report.tables import Column, Number, Row, Table, scalars, span, text
 
@@ -168,3 +168,24 @@ def test_a_setting_nobody_ran_stays_absent_beside_the_paper():
     assert not ours["without pruning"].measured
     paper = next(r for r in components.rows if r.origin == "published" and r.cells["setting"] == "DualVLA")
     assert [paper.cells[c].value for c in ("GR", "WR", "MM", "Average")] == [73.4, 31.1, 65.4, 56.6]
+
+
+def test_mm_is_the_mean_of_our_benchmarks_and_no_single_one():
+    """The questions of one data set are no MM; several benchmarks are, with a column each."""
+
+    def answered(name, rates):
+        columns = {b: {"metric": "exact", "n": 9, "rate": r, "low": r, "high": r} for b, r in rates.items()}
+        mean = {"n": 9, "rate": 0.4, "low": 0.3, "high": 0.5}
+        several = len(rates) > 1
+        return Answers(name, columns, {**columns, "MM": mean} if several else {"all": mean}, mean, ())
+
+    found = Gathered([result("mine", "blocks", {("t", 0): True}, digest="c-x")], checkpoints=[checkpoint("x")])
+    found.pruned = PRUNED
+    for rates, column, other in (({"MMMU": 0.3, "MMStar": 0.5}, "MM", "questions"), ({"data": 0.4}, "questions", "MM")):
+        found.answers = [answered("mine", rates)]
+        table = leaderboard.questions(found.answers, Palette(found))
+        assert [c.key for c in table.columns[1:]] == ([*rates, "MM"] if column == "MM" else ["all"])
+        ablation = published.ablations(found, Palette(found))[0]
+        ours = next(row for row in ablation.rows if row.cells["policy"] == "mine")
+        assert ours.cells[column].value == 40
+        assert ours.cells.get(other) is None

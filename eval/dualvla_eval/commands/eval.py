@@ -23,7 +23,12 @@ def _configure(parser: argparse.ArgumentParser) -> None:
         "times. NAME is what the results call it (default: the folder's name)",
     )
     parser.add_argument(
-        "--suite", required=True, help="blocks, or qa:DATA (the held-out questions of a data set folder)"
+        "--suite",
+        action="append",
+        required=True,
+        metavar="NAME | qa:[NAME=]PATH[#METRIC]",
+        help="blocks, or questions: a data set folder (its held-out ones) or a tab-separated file as VLMEvalKit has "
+        "them; METRIC: choice, exact, vqa or anls (default: as the content says). qa: may be given several times",
     )
     parser.add_argument("--out", required=True, metavar="DIR", help="the evaluation folder; resumes what is there")
     parser.add_argument("--tasks", metavar="A,B", help="tasks to evaluate (default: all of the suite)")
@@ -66,15 +71,20 @@ def _run(arguments: argparse.Namespace) -> dict[str, Any]:
         if getattr(arguments, option) < 1:
             raise UsageError(f"--{option.replace('_', '-')} must be 1 or more.", "leave it out for the default")
     refs = [policies.parse_policy(text, arguments.ablation) for text in arguments.policy]
-    if arguments.suite.startswith("qa:"):
+    asks = [suite.startswith("qa:") for suite in arguments.suite]
+    if all(asks):
         from dualvla_eval.qa_suite import run_questions
 
-        summary = run_questions(arguments.out, arguments.suite.removeprefix("qa:"), refs, workers=arguments.workers)
+        summary = run_questions(arguments.out, arguments.suite, refs, workers=arguments.workers)
+    elif len(asks) > 1:
+        raise UsageError(
+            f"Suites {', '.join(arguments.suite)} in one call.", "several suites of questions, or one of rollouts"
+        )
     else:
         from dualvla_eval.suites import get_suite
         from dualvla_eval.sweep import SweepConfig, parse_tasks, run_sweep
 
-        suite = get_suite(arguments.suite)
+        suite = get_suite(arguments.suite[0])
         tasks = parse_tasks(suite, arguments.tasks, arguments.episodes)
         config = SweepConfig(
             tasks=tasks,
@@ -106,7 +116,7 @@ def _render(result: Mapping[str, Any]) -> str:
         for policy, of_policy in result["policies"].items()
         for task, t in of_policy["tasks"].items()
     ]
-    title = f"Suite {result['suite']} (Wilson 95 %)" + (", unchanged" if result["skipped"] else "")
+    title = f"Suite {result['suite']} (95 % intervals)" + (", unchanged" if result["skipped"] else "")
     return f"{table(title, ['policy', 'task', 'solved', 'rate', 'interval'], rows)}\n{result['out']}"
 
 

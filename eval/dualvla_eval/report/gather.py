@@ -18,6 +18,7 @@ import pyarrow as pa
 from dualvla.errors import DataError
 from dualvla.io import dataset, manifest, storage
 from dualvla_eval import results
+from dualvla_eval.qa_metrics import ALL, MM, mean_of_benchmarks
 from dualvla_eval.score import SCORES, VLA_SCORE
 
 JUDGE_EVAL = "judge_eval"
@@ -106,11 +107,25 @@ class PolicyResult:
 
 @dataclass(frozen=True)
 class Answers:
-    """A policy's answers to questions. tasks: kind of question -> interval. examples: rows of answers.parquet."""
+    """A policy's answers to questions. benchmarks, tasks: name -> interval; tasks has the columns of a report.
+
+    overall: of all questions of one benchmark, of several their mean. examples: the rows of answers.parquet that were
+    asked.
+    """
 
     name: str
+    benchmarks: Mapping[str, Any]
     tasks: Mapping[str, Any]
+    overall: Mapping[str, Any]
     examples: tuple[Mapping[str, Any], ...]
+
+    def joined(self, other: Answers) -> Answers:
+        """With the same policy's answers to other benchmarks."""
+        benchmarks = {**self.benchmarks, **other.benchmarks}
+        examples = self.examples + other.examples
+        marks = {name: [r["score"] for r in examples if r["benchmark"] == name] for name in benchmarks}
+        overall = mean_of_benchmarks(marks)
+        return Answers(self.name, benchmarks, {**benchmarks, MM: overall}, overall, examples)
 
 
 @dataclass(frozen=True)
@@ -242,9 +257,19 @@ def _digest(folder: str) -> str:
 def _add_answers(found: Gathered, folder: str) -> None:
     summary = results.read_json(storage.join(folder, results.SUMMARY))
     rows = dataset.read_table(storage.join(folder, results.ANSWERS)).to_pylist()
+    if "benchmarks" not in summary:  # written when a folder held one data set's questions
+        rows = [{**r, "benchmark": _name(folder), "score": float(r["correct"])} for r in rows]
+        for policy in summary["policies"].values():
+            policy["benchmarks"] = {_name(folder): {"metric": "exact", **policy["tasks"][ALL]}}
     for name, policy in summary["policies"].items():
-        own = tuple(r for r in rows if r["policy"] == name)
-        found.answers.append(Answers(name, policy["tasks"], own))
+        own = tuple(r for r in rows if r["policy"] == name and r["score"] is not None)
+        overall = policy["tasks"][MM if len(policy["benchmarks"]) > 1 else ALL]
+        new = Answers(name, policy["benchmarks"], policy["tasks"], overall, own)
+        known = next((a for a in found.answers if a.name == name and not a.benchmarks.keys() & new.benchmarks), None)
+        if known is not None:
+            found.answers[found.answers.index(known)] = known.joined(new)
+        else:
+            found.answers.append(new)
 
 
 def _add_evaluations(found: Gathered, folders: Sequence[tuple[str, Mapping[str, Any]]]) -> None:

@@ -14,6 +14,7 @@ from urllib.parse import quote, urlencode
 import numpy as np
 
 from dualvla_eval import statistics
+from dualvla_eval.qa_metrics import METRICS, MM
 from dualvla_eval.report.gather import Answers, Episode, Gathered, PolicyResult
 from dualvla_eval.report.tables import Cell, Column, Number, Row, Table, interval, number
 
@@ -117,7 +118,7 @@ def leaderboard(found: Gathered, suite: str, palette: Palette, published: Sequen
         Column("success", "success (mean of tasks)", help="percent; each task counts the same, however many episodes"),
         Column("score", "VLA Score", help=SCORE_HELP),
         *part_columns(),
-        *([Column("questions", "questions", help="held-out questions answered exactly, percent")] if answers else []),
+        *([Column("questions", "questions", help="questions about pictures, percent")] if answers else []),
         Column("tokens", "tokens / step", digits=2, help="reasoning tokens generated per control step"),
         Column("infer_ms", "inference ms", help="wall time of a call, shared by the observations in its batch"),
     )
@@ -130,7 +131,7 @@ def leaderboard(found: Gathered, suite: str, palette: Palette, published: Sequen
                 "n": number(len(p.episodes)),
                 "success": success_mean(p),
                 **score_cells(p.episodes),
-                "questions": interval(answers[p.label].tasks["all"]) if p.label in answers else None,
+                "questions": interval(answers[p.label].overall) if p.label in answers else None,
                 "tokens": number(p.summary["reasoning_tokens_per_step"]),
                 "infer_ms": number(p.summary["infer_ms"]),
             },
@@ -365,6 +366,11 @@ def questions(answers: Sequence[Answers], palette: Palette) -> Table:
         Row({"policy": a.name, **{k: interval(a.tasks.get(k)) for k in kinds}}, mark=palette[a.name]) for a in answers
     )
     labels = {k: k.removeprefix("qa_").replace("_", " ") for k in kinds}
-    columns = (_POLICY, *(Column(k, labels[k]) for k in kinds))
-    caption = "Held-out questions about pictures answered exactly, percent, with Wilson 95 % intervals."
+    helps = {name: METRICS[b["metric"]] for a in answers for name, b in a.benchmarks.items()}
+    helps[MM] = "unweighted mean of the benchmarks"
+    columns = (_POLICY, *(Column(k, labels[k], help=helps.get(k, "")) for k in kinds))
+    caption = (
+        "Percent, one column a benchmark or kind of question, with 95 % intervals: Wilson where an answer is right or "
+        "wrong, bootstrap for graded marks and for MM, the unweighted mean of the benchmarks."
+    )
     return Table("questions", "Questions about pictures", caption, columns, rows)

@@ -6,6 +6,7 @@ that of its data), never from its name. Knows what was gathered; nothing of HTML
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from collections.abc import Mapping, Sequence
 from functools import cache
@@ -15,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from dualvla_eval import statistics
-from dualvla_eval.report.gather import Checkpoint, Gathered, PolicyResult, Pruned
+from dualvla_eval.report.gather import Answers, Checkpoint, Gathered, PolicyResult, Pruned
 from dualvla_eval.report.leaderboard import (
     PARTS,
     SCORE_HELP,
@@ -197,7 +198,7 @@ def ablations(found: Gathered, palette: Palette) -> list[Table]:
         Column("policy", "policy", "text"),
         Column("GR", "GR", help="Google Robot: mean of the six cells of Table 2"),
         Column("WR", "WR", help="WidowX: mean of spoon, carrot, stack"),
-        Column("MM", "MM", help="mean of the eight multimodal benchmarks"),
+        Column("MM", "MM", help="mean of the multimodal benchmarks: the paper's eight, ours those that were asked"),
         Column("Average", "Average", help="mean of GR, WR and MM"),
         *(Column(f"suite_{s}", s, help="mean of the tasks of this suite; not in the paper") for s in suites),
         *([Column("questions", "questions", help="held-out questions; not in the paper")] if answers else []),
@@ -209,7 +210,7 @@ def ablations(found: Gathered, palette: Palette) -> list[Table]:
             for label, of in settings.items():
                 if of == setting:
                     cells = _ours(_by_label(found)[label], suites)
-                    cells["questions"] = interval(answers[label].tasks["all"]) if label in answers else None
+                    cells |= _answered(answers[label]) if label in answers else {}
                     rows.append(Row({"setting": name, "policy": label, **cells}, mark=palette[label]))
             if setting not in settings.values():
                 rows.append(Row({"setting": name, "policy": "ours: not run"}))
@@ -245,6 +246,14 @@ def _ours(results: Sequence[PolicyResult], suites: Sequence[str]) -> dict[str, N
             for s, m in means.items()
         },
     }
+
+
+def _answered(answers: Answers) -> dict[str, Number | str | None]:
+    """MM where several benchmarks were asked; the questions of one data set are none."""
+    overall = interval(answers.overall)
+    if len(answers.benchmarks) == 1 or overall is None:
+        return {"questions": overall}
+    return {"MM": dataclasses.replace(overall, note=f"of {', '.join(answers.benchmarks)}")}
 
 
 def setting_of(digest: str | None, checkpoints: Sequence[Checkpoint], pruned: Sequence[Pruned]) -> str | None:
