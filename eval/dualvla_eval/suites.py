@@ -6,9 +6,9 @@ Imports no simulator: `make_env` does, when it is called.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Literal
 
 from dualvla.errors import UsageError, did_you_mean
 
@@ -24,7 +24,7 @@ _SEED_BITS = 56
 
 @dataclass(frozen=True)
 class TaskSpec:
-    """num_episodes: how many numbered evaluation episodes there are."""
+    """One task in one variant. num_episodes: how many numbered evaluation episodes there are."""
 
     name: str
     max_steps: int
@@ -43,11 +43,18 @@ class Episode:
     seed: int
 
 
+def _no_assets() -> Mapping[str, Sequence[str]]:
+    return {"used": [], "substituted": []}
+
+
 @dataclass(frozen=True)
 class Suite:
     """termination_rule: when an episode ends. conventions: name -> what a user of the numbers must know.
 
-    variants: the looks in which demonstrations can be made; the first is the usual one.
+    variants: the looks in which demonstrations can be made; the first is the usual one. tasks: one entry for each task
+    and variant that is evaluated. default_conventions: what `dualvla eval` does unless told otherwise, by the names of
+    `dualvla_eval.conventions`. means: name of a mean -> the tasks that it is over. robustness_variants: variants that
+    are rolled out but are part of no task's rate and of no mean. assets: "used" and "substituted", names of files.
     """
 
     name: str
@@ -59,17 +66,32 @@ class Suite:
     termination_rule: str
     conventions: Mapping[str, str]
     variants: tuple[str, ...] = ("base",)
+    default_conventions: Mapping[str, Any] = field(default_factory=dict)
+    means: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    robustness_variants: tuple[str, ...] = ()
+    assets: Callable[[], Mapping[str, Sequence[str]]] = _no_assets
 
-    def task(self, name: str) -> TaskSpec:
-        """Raises: UsageError."""
-        found = {task.name: task for task in self.tasks}
-        if name not in found:
-            raise UsageError(f"Suite '{self.name}' has no task '{name}'.", did_you_mean(name, found))
-        return found[name]
+    def task(self, name: str, variant: str | None = None) -> TaskSpec:
+        """variant: default, the first that the suite lists for this task. Raises: UsageError."""
+        of_name = [task for task in self.tasks if task.name == name]
+        if not of_name:
+            raise UsageError(f"Suite '{self.name}' has no task '{name}'.", did_you_mean(name, self.task_names))
+        found = [task for task in of_name if variant in (None, task.variant)]
+        if not found:
+            names = [task.variant for task in of_name]
+            raise UsageError(f"Task '{name}' has no variant '{variant}'.", did_you_mean(f"{variant}", names))
+        return found[0]
 
-    def episodes(self, task: str, count: int | None = None) -> list[Episode]:
-        """The evaluation episodes 0..count-1 (default: all): always the same ones. Raises: UsageError."""
-        spec = self.task(task)
+    @property
+    def task_names(self) -> list[str]:
+        return list(dict.fromkeys(task.name for task in self.tasks))
+
+    def episodes(self, task: str, count: int | None = None, variant: str | None = None) -> list[Episode]:
+        """The evaluation episodes 0..count-1 (default: all) of a task in one variant: always the same ones.
+
+        Raises: UsageError.
+        """
+        spec = self.task(task, variant)
         count = spec.num_episodes if count is None else count
         if not 0 < count <= spec.num_episodes:
             raise UsageError(
