@@ -15,6 +15,7 @@ import io
 import logging
 import os
 import random
+import shutil
 import time
 import uuid
 from collections.abc import Callable, Iterator
@@ -221,6 +222,13 @@ def _write_local(target: Path, data: bytes) -> None:
         temporary.unlink(missing_ok=True)
 
 
+def upload(path: Path, url: str) -> None:
+    """Copies a file of any size into a store without reading it into memory (S3: it appears whole or not at all)."""
+    fs, target = _filesystem(url)
+    with writing(url):
+        _ask(url, lambda: fs.put_file(str(path), target))
+
+
 def read_bytes(url: str | os.PathLike[str]) -> bytes:
     """Raises: DataError if there is no such file."""
     url = os.fspath(url)
@@ -305,6 +313,17 @@ def remove(url: str | os.PathLike[str]) -> None:
     fs, name = _filesystem(url)
     with contextlib.suppress(FileNotFoundError):
         _ask(url, lambda: fs.rm_file(name))
+
+
+def remove_tree(folder: str | os.PathLike[str]) -> None:
+    """Removes a folder and all below it; nothing happens if there is none."""
+    folder = os.fspath(folder)
+    if is_local(folder):
+        shutil.rmtree(folder, ignore_errors=True)
+        return
+    fs, path = _filesystem(folder)
+    with contextlib.suppress(FileNotFoundError):
+        _ask(folder, lambda: fs.rm(path, recursive=True))
 
 
 def list_files(folder: str | os.PathLike[str], suffix: str = "") -> list[str]:

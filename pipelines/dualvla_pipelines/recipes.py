@@ -62,7 +62,10 @@ class TrainConfig:
     in the dual stage (Table 7). losses: weight of each term, with
     lambda of Eq. 7 and the temperature of Eq. 5 and 6. lr is the peak, reached after warmup_steps; "cosine" then falls
     to a tenth of it. ema_decay: of the averaged weights that are exported; 0 exports the last ones.
-    checkpoint_every, in steps, is what a crash can cost. conflict_every: steps between two looks at how the gradients
+    checkpoint_every, in steps, is what a crash can cost; keep_checkpoints: resume states that are kept. on_bad_loss:
+    whether a step whose loss or gradient is not finite ends training (its batch saved) or is left out, and counted.
+    bucket_batches: samples are sorted by length among this many batches, so that those of a batch are about as long
+    (less padding); 0: not at all. conflict_every: steps between two looks at how the gradients
     of acting and reasoning get along (`conflict.py`; costs about six plain steps); 0: never.
     """
 
@@ -80,8 +83,16 @@ class TrainConfig:
     grad_clip: float = 1.0
     ema_decay: float = 0.998
     checkpoint_every: int = 200
+    keep_checkpoints: int = 2
+    on_bad_loss: Literal["stop", "skip"] = "stop"
+    bucket_batches: int = 0
     conflict_every: int = 0
     zero: ZeroConfig = field(default_factory=ZeroConfig)
+
+    def __post_init__(self) -> None:
+        for name, least in (("batch_size", 1), ("checkpoint_every", 1), ("keep_checkpoints", 1), ("bucket_batches", 0)):
+            if getattr(self, name) < least:
+                raise UsageError(f"{name} = {getattr(self, name)}.", f"pass a number from {least} on")
 
     @property
     def taught(self) -> tuple[Domain, ...]:

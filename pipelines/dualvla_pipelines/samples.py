@@ -6,7 +6,8 @@ is a slice of the global batch, so the number of workers, or a restart, changes 
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from functools import cached_property, lru_cache
 
 import numpy as np
@@ -23,6 +24,7 @@ _COLUMNS = (
     "action_space", "reasoning", "target_pixel", "target_position",
 )  # fmt: skip
 _KEEP = "keep_reasoning"
+_BUCKETS = 2  # beside the domains' keys
 _DOMAIN_KEYS = {"robot": 0, "multimodal": 1}
 
 
@@ -110,6 +112,19 @@ class TrainRows:
         columns = [table[name] for table in (self._robot, self._multimodal) for name in ("instruction", "reasoning")]
         return list(dict.fromkeys(text for column in columns for text in pc.unique(column).to_pylist() if text))
 
+    def lengths(self, with_reasoning: bool) -> dict[str, np.ndarray]:
+        """Of every row of each domain, what sorts it among samples of its length: bytes of text, then of instruction.
+
+        Bytes stand for tokens: no tokenizer is needed to know the order of samples. int64 [rows].
+        """
+        found = {}
+        for domain, table in (("robot", self._robot), ("multimodal", self._multimodal)):
+            text, instruction = (_byte_lengths(table[name]) for name in ("reasoning", "instruction"))
+            if domain == "robot":
+                text = text * (table[_KEEP].to_numpy() & with_reasoning)
+            found[domain] = text * (1 << 32) + instruction
+        return found
+
     def target_positions(self) -> np.ndarray:
         """Target positions where there are any, float32 [M, 3] (m, base frame)."""
         flat = [chunk.flatten().to_numpy(zero_copy_only=False) for chunk in self._robot["target_position"].chunks]
@@ -154,13 +169,19 @@ class Sampler:
     """Which samples make the global batch of a step.
 
     Each domain is walked in epochs, every epoch in its own order keyed by (seed, domain, epoch); every batch holds the
-    same number of each. Knows row numbers only.
+    same number of each. With `bucket`, the samples of that many steps are dealt out anew: sorted by length within
+    each domain, so that a step gets neighbours, its longest questions beside its longest robot texts; which step gets
+    which is keyed by (seed, steps before). Knows row numbers only.
+
+    lengths: domain -> a number per row to sort by; needed with `bucket` > 1 (steps).
     """
 
     counts: dict[str, int]
     batch_size: int
     multimodal_fraction: float
     seed: int
+    bucket: int = 0
+    lengths: Mapping[str, np.ndarray] = field(default_factory=dict)
 
     @property
     def share(self) -> dict[str, int]:
@@ -172,13 +193,31 @@ class Sampler:
 
     def batch(self, step: int) -> list[tuple[str, int]]:
         """(domain, row) of step 0, 1, ...; robot samples first, so that `[rank::world]` gives each worker of both."""
-        return [
-            (domain, self._row(domain, step * share + i)) for domain, share in self.share.items() for i in range(share)
-        ]
+        if self.bucket <= 1:
+            rows = {domain: self._rows(domain, step * share, share) for domain, share in self.share.items()}
+        else:
+            block, within = divmod(step, self.bucket)
+            slot = int(np.random.default_rng([self.seed, _BUCKETS, block]).permutation(self.bucket)[within])
+            rows = {
+                domain: self._sorted(domain, block)[slot * share : (slot + 1) * share]
+                for domain, share in self.share.items()
+            }
+        return [(domain, row) for domain, numbers in rows.items() for row in numbers]
 
-    def _row(self, domain: str, position: int) -> int:
-        epoch, within = divmod(position, self.counts[domain])
-        return int(_order(self.counts[domain], self.seed, _DOMAIN_KEYS[domain], epoch)[within])
+    def _sorted(self, domain: str, block: int) -> list[int]:
+        """The rows of all steps of a block, by length; equally long ones stay in their order."""
+        size = self.bucket * self.share[domain]
+        rows = np.array(self._rows(domain, block * size, size), dtype=np.int64)
+        return rows[np.argsort(self.lengths[domain][rows], kind="stable")].tolist()
+
+    def _rows(self, domain: str, first: int, number: int) -> list[int]:
+        """`number` rows of the domain's endless walk."""
+        count, key = self.counts[domain], _DOMAIN_KEYS[domain]
+        rows: list[int] = []
+        while number > len(rows):
+            epoch, within = divmod(first + len(rows), count)
+            rows += _order(count, self.seed, key, epoch)[within : within + number - len(rows)].tolist()
+        return rows
 
 
 @lru_cache(maxsize=4)
@@ -205,6 +244,10 @@ def _dense(table: pa.Table, name: str, folder: str) -> np.ndarray:
     if not np.isfinite(flat).all():
         raise DataError(f"'{folder}': column '{name}' has values that are not finite.", "run `dualvla prune` first")
     return flat.reshape(len(table), lengths[0]).astype(np.float32)
+
+
+def _byte_lengths(column: pa.ChunkedArray) -> np.ndarray:
+    return pc.fill_null(pc.binary_length(column), 0).to_numpy().astype(np.int64)
 
 
 def _images(table: pa.Table, row: int) -> dict[str, np.ndarray]:

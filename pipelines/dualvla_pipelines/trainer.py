@@ -13,16 +13,19 @@ import json
 import logging
 import math
 import os
+import re
 import shutil
+import tempfile
 import time
 import warnings
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save, save_file
 from torch import Tensor
 
 from dualvla.distill.cache import TeacherCache, load_cache
@@ -88,17 +91,18 @@ def train(job: TrainJob) -> None:
     model, processor, model_config = build(job, rows)
     apply_stage(model, job.stage, model_config)
     micro_batches = job.config.micro_batches(world)
-    if rank == 0:
-        resume.discard_unfinished(_resume_root(job))
-    saved = resume.newest(_resume_root(job))
-    reshaped = saved is not None and saved.facts["workers"] != world
-    engine = zero.initialize(model, job.config, micro_batches, universal=reshaped)
-    engine.train()  # a model that was loaded is in eval mode
-    averages = zero.Averages(engine, job.config.ema_decay)
+    with tempfile.TemporaryDirectory(prefix="dualvla-") as scratch:
+        found = _newest_state(job, Path(scratch))
+        reshaped = found is not None and found.saved.facts["workers"] != world
+        engine = zero.initialize(model, job.config, micro_batches, universal=reshaped)
+        engine.train()  # a model that was loaded is in eval mode
+        averages = zero.Averages(engine, job.config.ema_decay)
+        if found is not None:
+            _restore(job, engine, averages, found, Path(scratch))
     teachers = load_teachers(job, engine.device)
-    sampler = Sampler(rows.counts, job.config.batch_size, job.config.multimodal_fraction, job.seed)
+    sampler = make_sampler(job, rows)
 
-    first = 0 if saved is None else _restore(job, engine, averages, saved)
+    first, skipped = (found.saved.step, found.saved.facts.get("skipped", 0)) if found is not None else (0, 0)
     with _metrics(job, first) as record:
         for step in range(first, job.last_step):
             started = time.perf_counter()
@@ -108,16 +112,28 @@ def train(job: TrainJob) -> None:
             ]
             batch = _on(engine.device, _collate(processor, samples, teachers, job.seed, step))
             metrics = _step(engine, batch, micro_batches, teachers, job, step)
-            if not math.isfinite(metrics["loss"]):
+            if math.isfinite(metrics["loss"]) and math.isfinite(metrics["grad_norm"]):
+                averages.update(step)
+            elif job.config.on_bad_loss == "stop":
                 _give_up(job, step, metrics, batch, [sample.key for sample in samples])
-            averages.update(step)
+            else:
+                skipped += 1
+                log.warning("step %d: a loss or gradient is not finite: skipped, %d so far", step + 1, skipped)
+            if job.config.on_bad_loss == "skip":
+                metrics["skipped"] = skipped
             elapsed = time.perf_counter() - started
             record({"step": step + 1, **metrics, "samples_per_s": round(job.config.batch_size / elapsed, 2)})
             if (step + 1) % job.config.checkpoint_every == 0 or step + 1 == job.last_step:
-                _save(job, engine, averages, step + 1)
+                _save(job, engine, averages, step + 1, skipped)
     if job.last_step == job.config.steps:
         _export(job, engine, averages, processor, model_config, rows)
     engine.destroy()
+
+
+def make_sampler(job: TrainJob, rows: TrainRows) -> Sampler:
+    config = job.config
+    lengths = rows.lengths(config.use_reasoning) if config.bucket_batches > 1 else {}
+    return Sampler(rows.counts, config.batch_size, config.multimodal_fraction, job.seed, config.bucket_batches, lengths)
 
 
 def build(job: TrainJob, rows: TrainRows) -> tuple[VLA, Processor, ModelConfig]:
@@ -208,14 +224,14 @@ def _step(
 
 def _give_up(job: TrainJob, step: int, metrics: dict[str, float], batch: dict[str, Tensor], keys: list[int]) -> None:
     """Keeps this worker's share of the batch for whoever looks into it, and stops. Raises: TrainingError."""
-    url = Path(job.out, "failed", f"step-{step + 1:08d}-rank-{dist.get_rank()}.safetensors")
-    url.parent.mkdir(exist_ok=True)
-    save_file({n: t.contiguous() for n, t in batch.items()}, url, metadata={"rows": json.dumps(keys)})
+    folder = storage.join(job.out, "failed")
+    kept = save({n: t.contiguous() for n, t in batch.items()}, metadata={"rows": json.dumps(keys)})
+    storage.write_bytes(storage.join(folder, f"step-{step + 1:08d}-rank-{dist.get_rank()}.safetensors"), kept)
     dist.barrier()
     terms = ", ".join(f"{name} {value}" for name, value in metrics.items())
     raise TrainingError(
-        f"The loss of step {step + 1} is not finite ({terms}).",
-        f"lower lr, or look at the batch and its row numbers in '{url.parent}'",
+        f"The loss of step {step + 1}, or its gradient, is not finite ({terms}).",
+        f"lower lr, look at the batch and its row numbers in '{folder}', or set on_bad_loss=skip",
     )
 
 
@@ -235,58 +251,114 @@ def _metrics(job: TrainJob, first: int) -> Any:
         kept = path.read_text().splitlines(keepends=True)[:first] if path.exists() else []
         storage.write_bytes(path, "".join(kept).encode())
         with open(path, "a", buffering=1) as file:
-            yield lambda line: file.write(json.dumps(line) + "\n")
+            yield lambda line: file.write(json.dumps({k: v for k, v in line.items() if math.isfinite(v)}) + "\n")
 
 
-def _resume_root(job: TrainJob) -> Path:
-    return Path(job.out, "resume")
+def _resume_root(job: TrainJob) -> str:
+    return storage.join(job.out, "resume")
 
 
-def _save(job: TrainJob, engine: Any, averages: zero.Averages, step: int) -> None:
-    root, rank = _resume_root(job), dist.get_rank()
-    folder = [str(resume.open_new(root, step)) if rank == 0 else ""]
-    dist.broadcast_object_list(folder)
-    with storage.writing(str(root)):
-        _save_engine(engine, folder[0])
-        save_file(averages.state(), os.path.join(folder[0], f"averages-{rank}.safetensors"))
-    dist.barrier()
+def _worker_of(name: str) -> int | None:
+    """The worker that a file of a resume state belongs to; None: it is written by the first, and read by all."""
+    match = re.search(r"(?:zero_pp_rank_|averages-)(\d+)", name)
+    return int(match[1]) if match else None
+
+
+def _save(job: TrainJob, engine: Any, averages: zero.Averages, step: int, skipped: int) -> None:
+    """Every worker brings its own files; the state exists once all of them have."""
+    root, rank, world = _resume_root(job), dist.get_rank(), dist.get_world_size()
+    url = [resume.open_new(root, step) if rank == 0 else ""]
+    dist.broadcast_object_list(url)
+    with _folder_for(url[0]) as folder:
+        with storage.writing(root):
+            _save_engine(engine, folder)
+            save_file(averages.state(), folder / f"averages-{rank}.safetensors")
+        dist.barrier()  # on a shared disk, what another worker is writing would be seen half done
+        own = resume.put(folder, url[0], lambda name: (_worker_of(name) or 0) == rank)
+    written: list[Any] = [None] * world
+    dist.all_gather_object(written, own)
     if rank == 0:
-        resume.commit(Path(folder[0]), step, {"workers": dist.get_world_size()})
+        files = {name: digest for part in written for name, digest in part.items()}
+        resume.commit(url[0], step, files, {"workers": world, "skipped": skipped}, job.config.keep_checkpoints)
     dist.barrier()
 
 
-def _save_engine(engine: Any, folder: str) -> None:
+@contextlib.contextmanager
+def _folder_for(url: str) -> Iterator[Path]:
+    """Where a worker writes what goes to `url`: there, or on its own disk first."""
+    if storage.is_local(url):
+        yield Path(url)
+        return
+    with tempfile.TemporaryDirectory(prefix="dualvla-") as folder:
+        yield Path(folder)
+
+
+def _save_engine(engine: Any, folder: Path) -> None:
     try:
-        engine.save_checkpoint(folder, tag=_STATE)
+        engine.save_checkpoint(str(folder), tag=_STATE)
     except RuntimeError as error:  # what torch.save makes of a full disk
         if shutil.disk_usage(folder).free < _NEARLY_FULL_BYTES:
-            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), folder) from error
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(folder)) from error
         raise
 
 
-def _restore(job: TrainJob, engine: Any, averages: zero.Averages, saved: resume.Saved) -> int:
-    """Loads a resume state, whatever number of workers wrote it. Returns how many steps are done."""
-    writers, world, rank = saved.facts["workers"], dist.get_world_size(), dist.get_rank()
+@dataclass(frozen=True)
+class _Found:
+    """A resume state, and the folder on this machine that holds what this worker needs of it."""
+
+    saved: resume.Saved
+    folder: Path
+
+
+def _newest_state(job: TrainJob, scratch: Path) -> _Found | None:
+    """The newest state that is whole for every worker, or None. Collective."""
+    rank, world = dist.get_rank(), dist.get_world_size()
+    listed: list[Any] = [None]
+    if rank == 0:
+        resume.discard_unfinished(_resume_root(job))
+        listed = [resume.states(_resume_root(job))]
+    dist.broadcast_object_list(listed)
+    for saved in listed[0]:
+        others = set() if saved.facts["workers"] == world else set(range(saved.facts["workers"]))
+        wanted = [name for name in saved.files if _worker_of(name) in {rank, None} | others]
+        folder = resume.get(saved, wanted, scratch / f"step-{saved.step}")
+        whole: list[Any] = [None] * world
+        dist.all_gather_object(whole, folder is not None)
+        if folder is not None and all(whole):
+            return _Found(saved, folder)
+    return None
+
+
+def _restore(job: TrainJob, engine: Any, averages: zero.Averages, found: _Found, scratch: Path) -> None:
+    """Loads a resume state, whatever number of workers wrote it."""
+    writers, world, rank = found.saved.facts["workers"], dist.get_world_size(), dist.get_rank()
     if writers == world:
-        engine.load_checkpoint(str(saved.folder), tag=_STATE)
+        engine.load_checkpoint(str(found.folder), tag=_STATE)
+        averages.load([load_file(found.folder / f"averages-{rank}.safetensors")], 0)
     else:
         if job.config.zero.stage != 3:
             raise CheckpointError(
-                f"'{saved.folder}' was written by {writers} workers, not {world}.",
+                f"'{found.saved.url}' was written by {writers} workers, not {world}.",
                 f"go on with --workers {writers}; with zero.stage=3 any number could",
             )
-        folder = _resume_root(job) / _RESHAPED
-        if rank == 0:
-            shutil.rmtree(folder, ignore_errors=True)
-            zero.universal_state(str(saved.folder / _STATE), str(folder / _STATE))
-        dist.barrier()
-        zero.load_universal_state(engine, str(folder), _STATE)
-        dist.barrier()
-        if rank == 0:
-            shutil.rmtree(folder)
-    averages.load([load_file(saved.folder / f"averages-{writer}.safetensors") for writer in range(writers)], rank)
-    log.info("resuming after step %d", saved.step)
-    return saved.step
+        _load_reshaped(engine, found, scratch)
+        averages.load([load_file(found.folder / f"averages-{writer}.safetensors") for writer in range(writers)], rank)
+    log.info("resuming after step %d", found.saved.step)
+
+
+def _load_reshaped(engine: Any, found: _Found, scratch: Path) -> None:
+    """Rewritten once where all workers see the state's folder, else by each for itself."""
+    shared = storage.is_local(found.saved.url)
+    folder = (found.folder.parent if shared else scratch) / _RESHAPED
+    first = dist.get_rank() == 0
+    if first or not shared:
+        shutil.rmtree(folder, ignore_errors=True)
+        zero.universal_state(str(found.folder / _STATE), str(folder / _STATE))
+    dist.barrier()
+    zero.load_universal_state(engine, str(folder), _STATE)
+    dist.barrier()
+    if first and shared:
+        shutil.rmtree(folder)
 
 
 def _export(
@@ -301,7 +373,7 @@ def _export(
     with averages.in_place() if job.config.ema_decay else contextlib.nullcontext():
         state = zero.whole_weights(engine)
     if dist.get_rank() == 0:
-        trained = sum(p.ds_numel for p in engine.module.parameters() if p.requires_grad)
+        trained = sum(zero.elements(p) for p in engine.module.parameters() if p.requires_grad)
         config = job.config
         facts = {
             "stage": job.stage,

@@ -41,10 +41,12 @@ def initialize(model: nn.Module, config: TrainConfig, micro_batches: int, univer
         {"params": [p for p in trainable if p.dim() >= 2], "weight_decay": config.weight_decay},
         {"params": [p for p in trainable if p.dim() < 2], "weight_decay": 0.0},
     ]
-    optimizer = torch.optim.AdamW([g for g in groups if g["params"]], lr=config.lr, betas=config.betas)
+    groups = [group for group in groups if group["params"]]
+    settings: dict[str, Any] = {"lr": config.lr, "betas": config.betas}
+    whole = config.zero.stage == 0
     engine, *_ = deepspeed.initialize(
         model=model,
-        optimizer=optimizer,
+        optimizer=_Careful(groups, config.grad_clip, **settings) if whole else torch.optim.AdamW(groups, **settings),
         dist_init_required=False,
         config={
             **_engine_config(config.zero, config.grad_clip, micro_batches, sum(p.numel() for p in model.parameters())),
@@ -52,6 +54,29 @@ def initialize(model: nn.Module, config: TrainConfig, micro_batches: int, univer
         },
     )
     return engine
+
+
+class _Careful(torch.optim.AdamW):
+    """AdamW that does of itself what DeepSpeed's optimisers of stages 1 to 3 do, and its stage 0 does not: it clips and
+    tells the norm of all gradients, and leaves the weights alone where that is not finite."""
+
+    def __init__(self, groups: list[dict[str, Any]], clip: float, **settings: Any):
+        super().__init__(groups, **settings)
+        self._clip = clip
+        self._global_grad_norm: float | None = None  # names that DeepSpeed looks for
+        self.overflow = False
+
+    def step(self, closure: Any = None) -> Any:
+        gradients = [p.grad for group in self.param_groups for p in group["params"] if p.grad is not None]
+        norm = nn.utils.get_total_norm(gradients)
+        self._global_grad_norm = float(norm)
+        self.overflow = not math.isfinite(self._global_grad_norm)
+        if self.overflow:
+            return None
+        if self._clip > 0:
+            parameters = [p for group in self.param_groups for p in group["params"]]
+            nn.utils.clip_grads_with_norm_(parameters, self._clip, norm)
+        return super().step(closure)
 
 
 def universal_state(saved: str, out: str) -> None:
@@ -109,7 +134,7 @@ def _engine_config(zero: ZeroConfig, grad_clip: float, micro_batches: int, eleme
     return {
         "train_micro_batch_size_per_gpu": 1,  # for DeepSpeed's own logs only
         "gradient_accumulation_steps": micro_batches,
-        "gradient_clipping": grad_clip,
+        "gradient_clipping": grad_clip if zero.stage else 0.0,  # see _Careful
         "zero_optimization": stage,
         "zero_force_ds_cpu_optimizer": False,  # its CPU Adam is compiled on first use
         # No "safe" modules: DeepSpeed would sum their gradients over workers in bf16.
@@ -212,10 +237,17 @@ def _parts(engine: Any) -> list[_Part]:
 
 
 def _masters(engine: Any) -> list[Tensor]:
-    optimizer = engine.optimizer
-    if engine.zero_optimization_stage() == 3:
+    optimizer, stage = engine.optimizer, engine.zero_optimization_stage()
+    if stage == 0:
+        return [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    if stage == 3:
         return list(optimizer.fp32_partitioned_groups_flat)
     return list(optimizer.single_partition_of_fp32_groups)
+
+
+def elements(parameter: Tensor) -> int:
+    """Of the whole parameter, sharded or not."""
+    return int(getattr(parameter, "ds_numel", parameter.numel()))
 
 
 def whole_weights(engine: Any) -> dict[str, Tensor]:
@@ -223,10 +255,10 @@ def whole_weights(engine: Any) -> dict[str, Tensor]:
     import deepspeed
     from deepspeed.utils import safe_get_full_fp32_param
 
-    module = engine.module
+    module, sharded = engine.module, engine.zero_optimization_stage() > 0
     whole: dict[int, Tensor] = {}
     for parameter in module.parameters():
-        if parameter.requires_grad:
+        if parameter.requires_grad and sharded:
             whole[id(parameter)] = safe_get_full_fp32_param(parameter).detach().cpu().clone()
         else:
             with deepspeed.zero.GatheredParameters([parameter]):

@@ -94,3 +94,65 @@ def test_workers_slices_make_up_the_batch_and_all_hold_both_domains():
 
 def test_data_without_questions_fill_the_batch_with_robot_steps():
     assert Sampler({"robot": 9, "multimodal": 0}, 8, 0.25, seed=0).share == {"robot": 8, "multimodal": 0}
+
+
+def bucketed(bucket, seed=1, counts=None, batch_size=16):
+    """A sampler whose rows have random lengths."""
+    counts = counts or {"robot": 210, "multimodal": 33}
+    rng = np.random.default_rng(0)
+    lengths = {domain: rng.integers(0, 60, count) for domain, count in counts.items()}
+    return Sampler(counts, batch_size, 0.25, seed, bucket, lengths)
+
+
+def spread(sampler, steps=60):
+    """Mean over steps and domains of the longest less the shortest length in a batch."""
+    found = []
+    for step in range(steps):
+        for domain in ("robot", "multimodal"):
+            lengths = [sampler.lengths[d][row] for d, row in sampler.batch(step) if d == domain]
+            found.append(max(lengths) - min(lengths))
+    return float(np.mean(found))
+
+
+def test_buckets_deal_out_the_same_samples_in_batches_of_like_length():
+    plain, sorted_ = bucketed(0), bucketed(10)
+    for block in range(4):
+        steps = range(10 * block, 10 * block + 10)
+        assert Counter(x for s in steps for x in sorted_.batch(s)) == Counter(x for s in steps for x in plain.batch(s))
+    assert all(sum(d == "multimodal" for d, _ in sorted_.batch(s)) == 4 for s in range(40))
+    assert spread(sorted_) < 0.35 * spread(plain)
+
+
+def test_buckets_do_not_train_from_short_to_long():
+    sampler = bucketed(10)
+    means = np.array([np.mean([sampler.lengths[d][r] for d, r in sampler.batch(s)]) for s in range(200)])
+    within = means.reshape(-1, 10)
+    assert abs(np.mean([np.corrcoef(np.arange(10), block)[0, 1] for block in within])) < 0.25
+    assert abs(np.corrcoef(np.arange(200), means)[0, 1]) < 0.25
+
+
+def test_a_bucketed_batch_depends_on_seed_and_step_alone():
+    first, again, other = bucketed(8), bucketed(8), bucketed(8, seed=2)
+    later = [again.batch(step) for step in (37, 5, 11)]  # in whatever order, as after a resume
+    assert [first.batch(step) for step in (37, 5, 11)] == later
+    assert first.batch(37) != other.batch(37)
+
+
+def test_long_questions_come_with_long_robot_texts():
+    sampler = bucketed(10)
+    pairs = [
+        [np.mean([sampler.lengths[d][r] for d, r in sampler.batch(s) if d == domain]) for s in range(100)]
+        for domain in ("robot", "multimodal")
+    ]
+    assert np.corrcoef(*pairs)[0, 1] > 0.8
+
+
+def test_pruned_reasoning_and_texts_that_are_not_learned_have_no_length(tmp_path, make_rows):
+    rows = make_rows("a", steps=3)
+    for row, keep in zip(rows, (True, False, True), strict=True):
+        row |= {"scene_label": keep, "action_label": keep, "keep_reasoning": keep}
+    rows[2]["reasoning"] += " and a little more"
+    loaded = TrainRows.load(write_rows(tmp_path / "data", rows, labels=True))
+    learned, plain = (loaded.lengths(with_reasoning)["robot"] for with_reasoning in (True, False))
+    assert learned[1] < learned[0] < learned[2]
+    assert learned[1] == plain[0] == plain[2] == len(rows[0]["instruction"])
