@@ -83,6 +83,15 @@ def test_labels_are_clean_while_the_execution_is_noisy(rows):
     assert np.percentile(errors, 20) < 0.006  # three demonstrations in ten are undisturbed
 
 
+def test_the_recorded_gripper_flips_when_it_is_told_to_though_a_block_keeps_the_fingers_open(rows):
+    picks = [steps for steps in _robot_episodes(rows) if "pick" in steps[0]["episode_id"]]
+    assert picks
+    for steps in picks:
+        before = [1.0, *(float(row["action"][6] >= 0.5) for row in steps[:-1])]
+        assert [row["gripper"][0] for row in steps] == before
+        assert any(row["gripper"] == [0.0] and row["proprio"][3] > 0.5 for row in steps)
+
+
 def _colors_seen(row):
     """Names of the colours with at least 4 clearly coloured pixels."""
     pixels = dataset.decode_image(dict(row["images"])["main"]).reshape(-1, 3).astype(float)

@@ -49,7 +49,8 @@ class SceneState:
     ee_pose: [6] m and extrinsic XYZ Euler rad of the tool centre point. gripper: opening, 0 closed to 1 open. contacts:
     pairs of names touching at the end of the step, sorted; every robot link is "robot", the table is "table". held: the
     object between both fingers of a closing gripper. touched: objects the robot has touched so far, in the order of the
-    first contact. still: no object moved over the last step.
+    first contact. still: no object moved over the last step. ee_target: like ee_pose, where the tool was commanded to;
+    None where the controller keeps no such pose.
     """
 
     task: str
@@ -64,6 +65,7 @@ class SceneState:
     held: str | None
     touched: tuple[str, ...]
     still: bool
+    ee_target: tuple[float, ...] | None = None
 
     def object(self, name: str) -> ObjectState:
         return next(o for o in self.objects if o.name == name)
@@ -81,8 +83,9 @@ class SimEnv(Protocol):
     """A `gymnasium.Env` that also shows its privileged state.
 
     observation: {"images": {camera: uint8 [H, W, 3]}, "instruction": str, "proprio": float32 [P], "ee_pose": float64
-    [6], "gripper": float64 [1]}. info: {"success": bool, "failure": str | None, "events": list[str]}; events are those
-    of this step, as "kind:object". `terminated` means success, or a failure that cannot be undone.
+    [6], "gripper": float64 [1], as last commanded (G of Eq. 4)}. info: {"success": bool, "failure": str | None,
+    "events": list[str]}; events are those of this step, as "kind:object". `terminated` means success, or a failure that
+    cannot be undone.
     """
 
     def reset(

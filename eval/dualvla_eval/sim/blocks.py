@@ -222,13 +222,13 @@ class BlocksEnv(gymnasium.Env):
         )
 
     def _observe(self) -> dict[str, Any]:
-        opening = self._state.gripper
         return {
             "images": {"main": self._picture(self._camera)},
             "instruction": self._state.instruction,
-            "proprio": np.array([*self._state.ee_pose[:3], opening], dtype=np.float32),
+            "proprio": np.array([*self._state.ee_pose[:3], self._state.gripper], dtype=np.float32),
             "ee_pose": np.array(self._state.ee_pose),
-            "gripper": np.array([opening]),
+            # As commanded: fingers around a block stay more than half open, and Eq. 4 asks when the gripper's state flips.
+            "gripper": np.array([0.0 if self._robot.closing else 1.0]),
         }
 
     def _picture(self, camera: Any) -> np.ndarray:
