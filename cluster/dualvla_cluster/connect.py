@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import logging
 import os
+from typing import Any
 
 import ray
 
 from dualvla.errors import PlatformError
+from dualvla_cluster import secrets
 
 # With OpenMP's and llvmpipe's default of one thread a core, workers that share two cores run many times slower.
 _WORKER_ENV = {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false", "LP_NUM_THREADS": "1"}
@@ -22,7 +24,9 @@ def connect(num_cpus: int | None = None) -> None:
     if ray.is_initialized():
         return
     address = os.environ.get("RAY_ADDRESS", "local")
-    env = {name: os.environ.get(name, value) for name, value in _WORKER_ENV.items()}
+    runtime_env: dict[str, Any] = {"env_vars": {n: os.environ.get(n, value) for n, value in _WORKER_ENV.items()}}
+    if secrets.VARIABLE in os.environ:  # of a submitted job
+        runtime_env["worker_process_setup_hook"] = secrets.HOOK
     try:
         if address == "local":
             ray.init(
@@ -31,10 +35,10 @@ def connect(num_cpus: int | None = None) -> None:
                 include_dashboard=False,
                 logging_level=logging.WARNING,
                 log_to_driver=True,
-                runtime_env={"env_vars": env},
+                runtime_env=runtime_env,
             )
         else:
-            ray.init(address=address, logging_level=logging.WARNING, runtime_env={"env_vars": env})
+            ray.init(address=address, logging_level=logging.WARNING, runtime_env=runtime_env)
     except (ConnectionError, ValueError) as error:
         raise PlatformError(
             f"No Ray cluster answers at '{address}': {error}.",

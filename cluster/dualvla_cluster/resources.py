@@ -28,7 +28,8 @@ _ROUNDING = 1e-6  # Ray counts in 1/10000
 @dataclass(frozen=True)
 class Pool:
     """least to most machines of one shape. memory_gb: 10^9 bytes. spot: may be taken away at any time. usd_per_hour: of
-    one machine, an assumption of whoever writes the profile. selector: labels of the Kubernetes nodes it runs on."""
+    one machine, an assumption of whoever writes the profile. selector: labels of the Kubernetes nodes it runs on.
+    instance: what a cloud calls such a machine."""
 
     cpus: float
     memory_gb: float
@@ -38,6 +39,7 @@ class Pool:
     spot: bool = False
     usd_per_hour: float = 0.0
     selector: dict[str, str] = field(default_factory=dict)
+    instance: str = ""
 
     @property
     def capacity(self) -> dict[str, float]:
@@ -174,10 +176,10 @@ def laptop() -> Profile:
     )
 
 
-_NODE8 = Pool(cpus=96.0, memory_gb=960.0, gpus=8.0, usd_per_hour=32.0)
+_NODE8 = Pool(cpus=96.0, memory_gb=960.0, gpus=8.0, usd_per_hour=32.0, instance="p4de.24xlarge")
 _SPOT_PRICE = 0.4
-_CPU_NODE = Pool(cpus=64.0, memory_gb=256.0, usd_per_hour=2.6)
-_HEAD = Pool(cpus=8.0, memory_gb=32.0, usd_per_hour=0.4)
+_CPU_NODE = Pool(cpus=64.0, memory_gb=240.0, usd_per_hour=3.2, instance="m7i.16xlarge")
+_HEAD = Pool(cpus=8.0, memory_gb=28.0, usd_per_hour=0.4, instance="m7i.2xlarge")
 
 
 def node8() -> Profile:
@@ -227,10 +229,13 @@ _COUNTED = {"nodes": nodes, "spot": spot}
 
 
 def get_profile(text: str) -> Profile:
-    """Of a name, a name with a number of machines, or a JSON file with the fields of `Profile`. Raises: UsageError."""
-    if text.endswith(".json"):
+    """Of a name, a name with a number of machines, or JSON with the fields of `Profile`, in a file or as it is.
+
+    Raises: UsageError.
+    """
+    if text.endswith((".json", "}")):
         try:
-            return from_dict(Profile, json.loads(storage.read_bytes(text)), "profile")
+            return from_dict(Profile, json.loads(portable(text)), "profile")
         except (json.JSONDecodeError, TypeError) as error:
             raise UsageError(f"'{text}' is no profile: {error}.", "start from `dualvla deploy profile NAME`") from error
     name, colon, number = text.partition(":")
@@ -240,6 +245,11 @@ def get_profile(text: str) -> Profile:
         return _COUNTED[name](int(number))
     names = [*_FIXED, *(f"{n}:4" for n in _COUNTED)]
     raise UsageError(f"Unknown profile '{text}'.", did_you_mean(text, names) + ", or a .json file")
+
+
+def portable(text: str) -> str:
+    """A profile's name, or what its file says: the same on another machine."""
+    return storage.read_bytes(text).decode() if text.endswith(".json") else text
 
 
 class _Unsaid(int):
@@ -259,7 +269,7 @@ def add_profile(parser: argparse.ArgumentParser) -> None:
         parser.set_defaults(workers=_Unsaid(count))
 
 
-_reserved: dict[str, Work] = {}  # of the command that this process runs
+_reserved: dict[str, tuple[Work, bool]] = {}  # of the command that this process runs; whether the pool may grow
 
 
 def apply_profile(arguments: argparse.Namespace, stage: str) -> None:
@@ -270,12 +280,14 @@ def apply_profile(arguments: argparse.Namespace, stage: str) -> None:
     _reserved.pop(stage, None)
     if arguments.profile is None:
         return
-    work = get_profile(arguments.profile).work(stage)
+    profile = get_profile(arguments.profile)
+    work = profile.work(stage)
     if arguments.workers is None or isinstance(arguments.workers, _Unsaid):
         arguments.workers = work.workers
     if "gpus" in arguments and arguments.gpus is None:
         arguments.gpus = work.gpus
-    _reserved[stage] = replace(work, workers=arguments.workers)
+    pool = profile.pools[work.pool]
+    _reserved[stage] = replace(work, workers=arguments.workers), pool.least < pool.most
 
 
 def reservation(stage: str, cpus: float, gpus: float = 0.0) -> dict[str, float]:
@@ -283,20 +295,19 @@ def reservation(stage: str, cpus: float, gpus: float = 0.0) -> dict[str, float]:
 
     Raises: PlatformError if the connected cluster can never place all workers that the profile names.
     """
-    work = _reserved.get(stage)
-    if work is None:
+    if stage not in _reserved:
         return {"num_cpus": cpus, "num_gpus": gpus}
-    require(stage, work)
+    work, grows = _reserved[stage]
+    if not grows:
+        require(stage, work)
     memory = {"memory": work.memory_gb * GB} if work.memory_gb else {}
     return {"num_cpus": work.cpus, "num_gpus": work.gpus, **memory}
 
 
 def require(stage: str, work: Work) -> None:
-    """Raises: PlatformError if the connected cluster lacks room for the workers, and is not one that grows."""
+    """Raises: PlatformError if the connected cluster, as it is, lacks room for the workers."""
     import ray
 
-    if autoscaled():
-        return
     nodes = [
         {
             "CPU": node["Resources"].get("CPU", 0.0),
@@ -310,14 +321,3 @@ def require(stage: str, work: Work) -> None:
         check(f"Stage '{stage}' on this cluster", work, nodes)
     except UsageError as error:
         raise PlatformError(error.message, error.fix) from error
-
-
-def autoscaled() -> bool:
-    """Whether an autoscaler that may add machines watches the connected cluster."""
-    import ray
-    from ray.experimental.internal_kv import _internal_kv_get
-
-    if not ray.is_initialized():
-        return False
-    report = _internal_kv_get(b"__autoscaling_status") or _internal_kv_get(b"__autoscaling_config")
-    return bool(report)

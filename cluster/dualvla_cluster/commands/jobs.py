@@ -11,13 +11,14 @@ from typing import Any
 from dualvla import console
 from dualvla.cli import Command
 from dualvla.errors import UsageError
-from dualvla_cluster.commands.submit import add_address
+from dualvla_cluster.commands.submit import add_address, add_authority
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("action", choices=("list", "status", "logs", "stop"))
     parser.add_argument("id", nargs="?", help="the job, for all but list")
     add_address(parser)
+    add_authority(parser)
 
 
 def run(arguments: argparse.Namespace) -> dict[str, Any]:
@@ -25,7 +26,7 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
 
     if (arguments.id is None) != (arguments.action == "list"):
         raise UsageError(f"`dualvla jobs {arguments.action}` needs {'no' if arguments.id else 'a'} job id.")
-    jobs = Jobs(getattr(arguments, "address", None))
+    jobs = Jobs(getattr(arguments, "address", None), arguments.ca)
     if arguments.action == "list":
         return {"jobs": [dataclasses.asdict(job) for job in jobs.list()]}
     if arguments.action == "logs":
