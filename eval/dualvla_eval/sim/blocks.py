@@ -227,7 +227,7 @@ class BlocksEnv(gymnasium.Env):
             "instruction": self._state.instruction,
             "proprio": np.array([*self._state.ee_pose[:3], self._state.gripper], dtype=np.float32),
             "ee_pose": np.array(self._state.ee_pose),
-            # As commanded: fingers around a block stay more than half open, and Eq. 4 asks when the gripper's state flips.
+            # As commanded: fingers on a block stay more than half open, and Eq. 4 asks when the gripper flips.
             "gripper": np.array([0.0 if self._robot.closing else 1.0]),
         }
 
