@@ -1,21 +1,25 @@
 """A checkpoint as a `Policy`: think if it wants to, then act. Also answers questions about pictures.
 
 Greedy text until the first action query (KV cache, whole batch at once), all queries in one pass, Euler steps. What a
-session remembers is its last text and how old it is; `reset` drops it. Actions depend on the observation, the session's
-name and the step only, never on the batch they were computed in. Knows no environment and no network.
+session remembers (its last text, and by option its latent action and chunks) is one `Memory`; `reset` drops it. Actions
+depend on the observation, the session's name, memory and step only, never on the batch they were computed in. Knows no
+environment and no network.
 """
 
 from __future__ import annotations
 
+import base64
 import time
 import zlib
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
 import torch
 
+from dualvla import ensembling
+from dualvla.ensembling import Chunk
 from dualvla.errors import PolicyError, UsageError
 from dualvla.models.checkpoint import load_model
 from dualvla.models.config import ModelConfig
@@ -29,16 +33,24 @@ from dualvla.wire.images import fit
 class PolicyOptions:
     """reasoning: "auto" (the model decides at every query), "never", or "every:K" (it thinks every K control steps; in
     between the last text stays in the prompt). noise_scale scales the noise that Euler starts from; 0, its mean, acts
-    most surely: *pick* 72 % against 50 % of 40 episodes with 1."""
+    most surely: *pick* 72 % against 50 % of 40 episodes with 1. latent_reuse: so many calls act on one latent action;
+    only the first of them runs the backbone. ensemble: so many of the newest chunks are blended where they overlap
+    (1: none; the paper has 7 for WidowX, 2 for Google Robot), weights exp(ensemble_alpha * cosine)."""
 
     reasoning: str = "auto"
     noise_scale: float = 0.0
     euler_steps: int | None = None  # None: the checkpoint's
     execute_steps: int | None = None  # None: the checkpoint's
+    latent_reuse: int = 1
+    ensemble: int = 1
+    ensemble_alpha: float = 0.1
     device: str = "cpu"
 
     def __post_init__(self) -> None:
         reasoning_every(self.reasoning)
+        for name in ("latent_reuse", "ensemble"):
+            if getattr(self, name) < 1:
+                raise UsageError(f"{name} = {getattr(self, name)}.", "pass 1 (none) or more")
 
 
 def reasoning_every(reasoning: str) -> int | None:
@@ -51,12 +63,33 @@ def reasoning_every(reasoning: str) -> int | None:
     return int(steps)
 
 
-@dataclass
+@dataclass(frozen=True)
 class Thought:
     """A session's last text, as token ids, and the control step it was generated at."""
 
     ids: list[int]
     step: int
+
+
+@dataclass(frozen=True)
+class Latent:
+    """A latent action [N, d] with the image states [M, d] that a head sees beside it (M = 0: it does not), the text
+    behind it, the control step of its last use, and how often it was used."""
+
+    action: torch.Tensor
+    image: torch.Tensor
+    ids: list[int]
+    step: int
+    uses: int
+
+
+@dataclass
+class Memory:
+    """All that a session remembers."""
+
+    thought: Thought | None = None
+    latent: Latent | None = None
+    chunks: list[Chunk] = field(default_factory=list)
 
 
 class VLAPolicy:
@@ -76,7 +109,7 @@ class VLAPolicy:
             execute_steps=options.execute_steps or config.execute_steps,
         )
         self._cadences: dict[str, str] = {}
-        self._thoughts: dict[str, Thought] = {}
+        self._memories: dict[str, Memory] = {}
 
     @classmethod
     def from_pretrained(cls, folder: str, *, options: PolicyOptions = PolicyOptions()) -> VLAPolicy:
@@ -90,26 +123,25 @@ class VLAPolicy:
             return []
         started = time.perf_counter()
         batch = self._batch(observations, ["robot"] * len(observations))
-        prefix = self.model.read_prompt(batch)
-        due = [self._thinks(o, s) for o, s in zip(observations, sessions, strict=True)]
-        texts = [self._kept(s) if not d else [] for d, s in zip(due, sessions, strict=True)]
-        generated = self._generate(prefix, texts, self._starts(prefix, due, sessions))
-        thought = time.perf_counter()
-        for i, (observation, session) in enumerate(zip(observations, sessions, strict=True)):
-            if due[i]:
-                texts[i] = generated[i]
-                self._thoughts[session] = Thought(generated[i], observation.step)
-        noise = torch.stack([self._noise(o, s) for o, s in zip(observations, sessions, strict=True)])
-        steps = self.options.euler_steps or self.config.head.euler_steps
-        chunk = self.model.act(prefix, batch, noise, steps).float().cpu().numpy()
-        if not np.isfinite(chunk).all():
-            raise PolicyError("The policy's actions are not finite.", "check the checkpoint's training losses")
-        acted = time.perf_counter()
-        timing = {"think_ms": 1e3 * (thought - started), "act_ms": 1e3 * (acted - thought)}
+        memories = [self._memories.setdefault(s, Memory()) for s in sessions]
+        kept = [self._reusable(m, o) for m, o in zip(memories, observations, strict=True)]
+        fresh = [i for i, latent in enumerate(kept) if latent is None]
+        generated: list[list[int]] = [[] for _ in observations]
+        if fresh:
+            thought = self._think(batch, fresh, observations, sessions)
+            for i, (ids, latent) in zip(fresh, thought, strict=True):
+                generated[i], kept[i] = ids, latent
+        latents = [latent for latent in kept if latent is not None]
+        thinking = time.perf_counter() - started
+        chunks = self._act(batch, latents, observations, sessions)
+        timing = {"think_ms": 1e3 * thinking, "act_ms": 1e3 * (time.perf_counter() - started - thinking)}
+        for memory, latent, observation in zip(memories, latents, observations, strict=True):
+            if self.options.latent_reuse > 1:
+                memory.latent = replace(latent, step=observation.step, uses=latent.uses + 1)
         return [
             PolicyReply(
-                actions=self.processor.restore_actions(chunk[i]),
-                reasoning=self.processor.decode(texts[i]) if texts[i] else None,
+                actions=self._blended(memories[i], observation.step, self.processor.restore_actions(chunks[i])),
+                reasoning=self.processor.decode(latents[i].ids) if latents[i].ids else None,
                 keyframe=bool(generated[i]),
                 reasoning_tokens=len(generated[i]),
                 timing=timing,
@@ -119,7 +151,7 @@ class VLAPolicy:
         ]
 
     def reset(self, session: str) -> None:
-        self._thoughts.pop(session, None)
+        self._memories.pop(session, None)
         self._cadences.pop(session, None)
 
     def configure(self, session: str, reasoning: str) -> None:
@@ -128,14 +160,34 @@ class VLAPolicy:
         self._cadences[session] = reasoning
 
     def state_of(self, session: str) -> dict[str, Any]:
-        """{"thought": {"ids", "step"}}, or {} before the first thought."""
-        thought = self._thoughts.get(session)
-        return {"thought": {"ids": list(thought.ids), "step": thought.step}} if thought else {}
+        """What the session remembers, as numbers, text, lists and maps; {} if nothing.
+
+        thought {"ids", "step"}; by option latent {"action", "image": {"shape", "data": base64 of float32}, "ids",
+        "step", "uses"} and chunks [{"step", "actions"}].
+        """
+        memory = self._memories.get(session, Memory())
+        state: dict[str, Any] = {}
+        if memory.thought is not None:
+            state["thought"] = {"ids": list(memory.thought.ids), "step": memory.thought.step}
+        if memory.latent is not None:
+            latent = memory.latent
+            tensors = {"action": _packed(latent.action), "image": _packed(latent.image)}
+            state["latent"] = {**tensors, "ids": list(latent.ids), "step": latent.step, "uses": latent.uses}
+        if memory.chunks:
+            state["chunks"] = [{"step": step, "actions": actions.tolist()} for step, actions in memory.chunks]
+        return state
 
     def restore(self, session: str, state: Mapping[str, Any]) -> None:
-        self._thoughts.pop(session, None)
+        memory = Memory()
         if "thought" in state:
-            self._thoughts[session] = Thought(list(state["thought"]["ids"]), state["thought"]["step"])
+            memory.thought = Thought(list(state["thought"]["ids"]), state["thought"]["step"])
+        if "latent" in state:
+            kept = state["latent"]
+            action, image = (_unpacked(kept[name]).to(self.options.device) for name in ("action", "image"))
+            memory.latent = Latent(action, image, list(kept["ids"]), kept["step"], kept["uses"])
+        if "chunks" in state:
+            memory.chunks = [(c["step"], np.asarray(c["actions"], np.float32)) for c in state["chunks"]]
+        self._memories[session] = memory
 
     @torch.inference_mode()
     def answer(self, observations: Sequence[Observation]) -> list[str]:
@@ -166,6 +218,52 @@ class VLAPolicy:
         )
         return {name: tensor.to(self.options.device) for name, tensor in batch.items()}
 
+    def _reusable(self, memory: Memory, observation: Observation) -> Latent | None:
+        latent = memory.latent
+        if latent is None or latent.uses >= self.options.latent_reuse or observation.step <= latent.step:
+            return None
+        return latent
+
+    def _think(
+        self, batch: Batch, rows: Sequence[int], observations: Sequence[Observation], sessions: Sequence[str]
+    ) -> list[tuple[list[int], Latent]]:
+        """The newly generated text and the latent action of each of these rows: all that the backbone does."""
+        index = torch.tensor(rows, device=batch["images"].device)
+        prefix = self.model.read_prompt({name: tensor[index] for name, tensor in batch.items()})
+        observations, sessions = [observations[i] for i in rows], [sessions[i] for i in rows]
+        due = [self._thinks(o, s) for o, s in zip(observations, sessions, strict=True)]
+        texts = [self._kept(s) if not d else [] for d, s in zip(due, sessions, strict=True)]
+        generated = self._generate(prefix, texts, self._starts(prefix, due, sessions))
+        for i, (observation, session) in enumerate(zip(observations, sessions, strict=True)):
+            if due[i]:
+                texts[i] = generated[i]
+                self._memories[session].thought = Thought(generated[i], observation.step)
+        actions = self.model.latent_action(prefix)
+        images = prefix.image if self.config.head.vision else prefix.image[:, :0]
+        return [
+            (generated[i], Latent(actions[i], images[i], texts[i], observation.step, uses=0))
+            for i, observation in enumerate(observations)
+        ]
+
+    def _act(
+        self, batch: Batch, latents: Sequence[Latent], observations: Sequence[Observation], sessions: Sequence[str]
+    ) -> np.ndarray:
+        """Normalised actions [B, H, D]. Raises: PolicyError."""
+        noise = torch.stack([self._noise(o, s) for o, s in zip(observations, sessions, strict=True)])
+        actions, images = torch.stack([x.action for x in latents]), torch.stack([x.image for x in latents])
+        steps = self.options.euler_steps or self.config.head.euler_steps
+        chunks = self.model.expert(actions, images, batch, noise, steps).float().cpu().numpy()
+        if not np.isfinite(chunks).all():
+            raise PolicyError("The policy's actions are not finite.", "check the checkpoint's training losses")
+        return chunks
+
+    def _blended(self, memory: Memory, step: int, actions: np.ndarray) -> np.ndarray:
+        """actions [H, D] in units, after the ensemble; what it was made from is remembered."""
+        past, options = ensembling.until(memory.chunks, step), self.options
+        memory.chunks = ensembling.remember(past, step, actions, options.ensemble)
+        grippers = self.config.actions.gripper_dims
+        return ensembling.blend(past, step, actions, options.ensemble_alpha, grippers) if past else actions
+
     def _thinks(self, observation: Observation, session: str) -> bool:
         """Whether the model is asked at this step (with "auto" it may still answer with no text)."""
         if self.config.kind == "specialist" or self._reasoning(session) == "never":
@@ -173,13 +271,13 @@ class VLAPolicy:
         every = reasoning_every(self._reasoning(session))
         if every is None:
             return True
-        last = self._thoughts.get(session)
+        last = self._memories[session].thought
         return last is None or observation.step - last.step >= every or observation.step < last.step
 
     def _kept(self, session: str) -> list[int]:
         """The text to put back into the prompt between two thoughts."""
-        every = reasoning_every(self._reasoning(session))
-        return self._thoughts[session].ids if every is not None and session in self._thoughts else []
+        thought = self._memories[session].thought
+        return thought.ids if thought is not None and reasoning_every(self._reasoning(session)) is not None else []
 
     def _reasoning(self, session: str) -> str:
         return self._cadences.get(session, self.options.reasoning)
@@ -223,3 +321,13 @@ class VLAPolicy:
         rng = np.random.default_rng([zlib.crc32(session.encode()), observation.step])
         noise = rng.standard_normal((self.config.horizon, self.config.actions.size), dtype=np.float32)
         return torch.from_numpy(self.options.noise_scale * noise).to(self.options.device)
+
+
+def _packed(tensor: torch.Tensor) -> dict[str, Any]:
+    values = tensor.float().cpu().numpy().astype("<f4")
+    return {"shape": list(values.shape), "data": base64.b64encode(values.tobytes()).decode()}
+
+
+def _unpacked(packed: Mapping[str, Any]) -> torch.Tensor:
+    values = np.frombuffer(base64.b64decode(packed["data"]), "<f4").reshape(packed["shape"])
+    return torch.from_numpy(values.copy())

@@ -132,7 +132,7 @@ class VLA(nn.Module):
         grounded = self.grounding(latents, image[:, : image_tokens // len(self.config.cameras)])
         return Encoded(text, grounded.latents, image, grounded.heat_logits, grounded.position)
 
-    # Inference, in steps: read_prompt, then any number of read_token, then act.
+    # Inference, in steps: read_prompt, then read_text any number of times, then act.
 
     def read_prompt(self, batch: Batch) -> Prefix:
         prompt, mask, image_tokens = self._prompt(batch)
@@ -147,14 +147,23 @@ class VLA(nn.Module):
         return self.backbone.logits(hidden)
 
     def act(self, prefix: Prefix, batch: Batch, noise_BHD: Tensor, steps: int) -> Tensor:
-        """All queries in one pass, then `steps` Euler steps from `noise_BHD`: normalised actions [B, H, D]."""
+        """`latent_action`, then `expert`: normalised actions [B, H, D]."""
+        return self.expert(self.latent_action(prefix), prefix.image, batch, noise_BHD, steps)
+
+    def latent_action(self, prefix: Prefix) -> Tensor:
+        """All queries in one pass: [B, N, d]; extends `prefix`."""
         number = len(prefix.mask)
         mask = torch.cat([prefix.mask, prefix.mask.new_ones(number, self.config.num_queries)], dim=1)
         latents = self.backbone.decode(self._query_embeds(number), mask, prefix.cache)
-        if self.grounding is not None:
-            first_camera = prefix.image[:, : prefix.image.shape[1] // len(self.config.cameras)]
-            latents = self.grounding(latents, first_camera).latents
-        return self.head.sample(self._context(latents, prefix.image, batch), noise_BHD, steps)
+        if self.grounding is None:
+            return latents
+        first_camera = prefix.image[:, : prefix.image.shape[1] // len(self.config.cameras)]
+        return self.grounding(latents, first_camera).latents
+
+    def expert(self, latents_BNd: Tensor, image_BMd: Tensor, batch: Batch, noise_BHD: Tensor, steps: int) -> Tensor:
+        """`steps` Euler steps from `noise_BHD`: normalised actions [B, H, D]. The latent action may be an earlier one:
+        of `batch` only proprioception and, with a vision tower, pictures are seen."""
+        return self.head.sample(self._context(latents_BNd, image_BMd, batch), noise_BHD, steps)
 
     def _prompt(self, batch: Batch) -> tuple[Tensor, Tensor, int]:
         """Embeddings [B, L, d], mask [B, L] and the number of image tokens, which come first."""
