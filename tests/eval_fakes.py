@@ -5,7 +5,9 @@ The proprioception is the vector to the target, so that a policy without vision 
 
 from __future__ import annotations
 
+import asyncio
 import os
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 
@@ -13,7 +15,7 @@ import numpy as np
 
 from dualvla.schema import PolicyReply, PolicySpec
 from dualvla_eval import sweep
-from dualvla_eval.actors import SweepWorkerImpl
+from dualvla_eval.actors import SimulatorImpl
 from dualvla_eval.policies import PolicyRef
 from dualvla_eval.sim.base import ObjectState, SceneState
 from dualvla_eval.suites import Episode, Suite, TaskSpec
@@ -155,8 +157,9 @@ class CrashingPolicy(FakePolicy):
 class FakeSuite(Suite):
     """Its episodes carry their number as seed."""
 
-    def episodes(self, task, count=None):
-        return [Episode(self.name, task, "base", i, i) for i in range(count or self.task(task).num_episodes)]
+    def episodes(self, task, count=None, variant=None):
+        spec = self.task(task, variant)
+        return [Episode(self.name, task, spec.variant, i, i) for i in range(count or spec.num_episodes)]
 
 
 def fake_suite():
@@ -183,11 +186,16 @@ class SayingPolicy(FakePolicy):
         return replace(super().reply(observation, session), reasoning=self._text, keyframe=True, reasoning_tokens=3)
 
 
-def run_items_here(config, items, workers):
+def run_items_here(config, items, machinery, max_batch):
     """Instead of Ray: the work of a sweep in this process, for tests that are about something else."""
-    worker = SweepWorkerImpl(config)
-    for item in items:
-        worker.run(item)
+
+    async def run_all():
+        simulator = SimulatorImpl(config)
+        for item in items:
+            await simulator.run(item)
+
+    with ThreadPoolExecutor(1) as thread:  # this one may have a loop already
+        thread.submit(asyncio.run, run_all()).result()
 
 
 def evaluate_fake(folder, name, policy, monkeypatch, *, control=False, episodes=3, videos=1):
@@ -195,5 +203,5 @@ def evaluate_fake(folder, name, policy, monkeypatch, *, control=False, episodes=
     monkeypatch.setattr(sweep, "_run_items", run_items_here)
     ref = PolicyRef(name, "expert-random-object" if control else "expert")
     config = sweep.SweepConfig({"touch": episodes}, videos_per_task=videos)
-    sweep.run_sweep(folder, fake_suite(), [ref], config, workers=1, load_policy=lambda *_, **__: policy)
+    sweep.run_sweep(folder, fake_suite(), [ref], config, load_policy=lambda *_, **__: policy)
     return folder

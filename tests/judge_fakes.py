@@ -162,7 +162,6 @@ def evaluation(folder, monkeypatch, policies=None, episodes=3, videos=3, tasks=(
         fake_suite(),
         [PolicyRef(name, "expert") for name in policies],
         sweep.SweepConfig(dict.fromkeys(tasks, episodes), videos_per_task=videos),
-        workers=1,
         load_policy=lambda ref, **_: policies[ref.name],
     )
     return str(folder)

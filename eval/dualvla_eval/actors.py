@@ -1,105 +1,232 @@
-"""The workers of a sweep: each holds environments and a policy, runs work items, and writes what came out.
+"""The processes of a sweep: simulators, each with several environments, and hosts, each with the checkpoints they ask.
 
-`SweepWorkerImpl` is a plain class; Ray comes with the last lines. An item's rows are one part file, written after
-everything else of that item: a part that exists is an item that is done.
+`SimulatorImpl` and `HostImpl` are plain classes; Ray comes with the last lines. Both have asynchronous methods, so that
+one thread does all the simulating of a process while its other episodes wait for their policy. An episode's row is one
+part file, written after everything else of that episode: a part that exists is an episode that is done.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+import asyncio
+import contextlib
+import dataclasses
+import time
+from collections import Counter, deque
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
 from typing import Any
 
 import ray
+from ray.exceptions import RayActorError, RayTaskError
 
-from dualvla.io import storage
+from dualvla.errors import DualVLAError, SessionLostError
+from dualvla.io import manifest, storage
 from dualvla.policy import Policy
-from dualvla_eval import results, videos
-from dualvla_eval.policies import PolicyRef
-from dualvla_eval.rollout import EpisodeResult, run_episodes
+from dualvla.schema import Observation, PolicySpec
+from dualvla_eval import results, versions, videos
+from dualvla_eval.asking import Answer, Batched, EpisodePolicy, Remote
+from dualvla_eval.conventions import Conventions
+from dualvla_eval.policies import Ablated, PolicyRef
+from dualvla_eval.rollout import EpisodeResult, Limits, run_episode
 from dualvla_eval.sim.base import SimEnv
 from dualvla_eval.suites import Episode, Suite
 
 LoadPolicy = Callable[..., Policy]
+_MAX_REMOTE_CALLS = 64  # at once, of one simulator
+_PAUSE_S = 0.5
 
 
 @dataclass(frozen=True)
 class WorkItem:
-    """Some episodes of one task for one policy; the unit that is run and recorded exactly once."""
+    """One episode for one policy with one seed; the unit that is run and recorded exactly once."""
 
     policy: PolicyRef
-    task: str
-    episodes: tuple[Episode, ...]
+    episode: Episode
+    seed: int
+    filmed: bool = False
 
     @property
     def part(self) -> str:
-        first, last = self.episodes[0].episode_id, self.episodes[-1].episode_id
-        return f"{self.policy.name}-{self.task}-{first:04d}-{last:04d}"
+        return results.stem(
+            self.policy.name, self.episode.task, self.episode.variant, self.episode.episode_id, self.seed
+        )
 
     def __str__(self) -> str:
         return self.part
 
 
 @dataclass(frozen=True)
-class WorkerConfig:
-    """folder: the evaluation folder. videos_per_task: that many of the first episodes of each task are filmed."""
+class SimulatorConfig:
+    """folder: the evaluation folder. films: "failures" films all and keeps what was not solved. patience_s: how long a
+    remote policy may be away."""
 
     folder: str
     suite: Suite
     load_policy: LoadPolicy
-    seed: int
-    reasoning: str
-    envs_per_worker: int
-    videos_per_task: int
+    reasoning: str = "auto"
+    conventions: Conventions = field(default_factory=Conventions)
+    limits: Limits = field(default_factory=Limits)
+    patience_s: float = 60.0
+    only_failures: bool = False
 
 
-class SweepWorkerImpl:
-    """Builds its environments once, and a policy when the next item names another one."""
+class SimulatorImpl:
+    """Runs episodes, as many at the same time as it is asked to, each in an environment that is used again.
 
-    def __init__(self, config: WorkerConfig):
-        self._config = config
-        self._envs: list[SimEnv] = []
-        self._policy: tuple[PolicyRef, Policy] | None = None
+    hosts: handles of `Host` actors for the policies that are not loaded here: checkpoints.
+    """
 
-    def run(self, item: WorkItem) -> int:
-        """Runs the item's episodes and returns how many there were."""
-        config, policy = self._config, self._load(item.policy)
-        while len(self._envs) < min(config.envs_per_worker, len(item.episodes)):
-            self._envs.append(config.suite.make_env())
-        filmed = {e.episode_id: videos.FRAME_PX for e in item.episodes if e.episode_id < config.videos_per_task}
-        rows = [
-            self._record(item.policy, policy, result)
-            for result in run_episodes(
-                policy, self._envs, config.suite, item.episodes, seed=config.seed, frame_size=filmed
+    def __init__(self, config: SimulatorConfig, hosts: Sequence[Any] = ()):
+        self._config, self._hosts = config, hosts
+        self._free: deque[SimEnv] = deque()
+        self._loaded: dict[tuple[str, int], Policy] = {}
+        self._sessions: Counter[int] = Counter()  # by host, of this simulator
+        self._calls = ThreadPoolExecutor(_MAX_REMOTE_CALLS)
+        self._known = False
+
+    async def run(self, item: WorkItem) -> None:
+        """Runs and records the item's episode."""
+        config, ref = self._config, item.policy
+        async with self._policy(ref, item.seed) as loaded:
+            policy = loaded if ref.ablation == "none" else Ablated(loaded, ref.ablation, item.seed)
+            env = self._free.popleft() if self._free else config.suite.make_env()
+            result = await run_episode(
+                policy,
+                env,
+                config.suite,
+                item.episode,
+                seed=item.seed,
+                conventions=config.conventions,
+                limits=config.limits,
+                frame_size=videos.FRAME_PX if item.filmed else None,
             )
-        ]
-        results.write_rows(results.part_url(config.folder, item.part), rows, results.EPISODE_SCHEMA)
-        return len(rows)
+            self._free.append(env)  # one in which something was raised is not used again
+        await asyncio.to_thread(self._record, item, policy.spec, result)
 
-    def _load(self, ref: PolicyRef) -> Policy:
-        if self._policy is None or self._policy[0] != ref:
-            self._policy = None  # frees the old one before the new one is loaded
-            config = self._config
-            loaded = config.load_policy(ref, suite=config.suite, reasoning=config.reasoning, seed=config.seed)
-            self._policy = (ref, loaded)
-        return self._policy[1]
+    @contextlib.asynccontextmanager
+    async def _policy(self, ref: PolicyRef, seed: int) -> AsyncIterator[EpisodePolicy]:
+        config = self._config
+        if self._hosts and ref.hosted:
+            number = min(range(len(self._hosts)), key=lambda i: self._sessions[i])
+            self._sessions[number] += 1
+            try:
+                yield await Hosted.connected(ref, self._hosts[number], config.patience_s)
+            finally:
+                self._sessions[number] -= 1
+            return
+        key = (ref.name, seed)
+        if key not in self._loaded:
+            self._loaded[key] = config.load_policy(ref, suite=config.suite, reasoning=config.reasoning, seed=seed)
+        policy = self._loaded[key]
+        yield Remote(policy, config.patience_s, self._calls) if ref.remote else Batched(policy, max_batch=1)
 
-    def _record(self, ref: PolicyRef, policy: Policy, result: EpisodeResult) -> Mapping[str, Any]:
-        folder, episode = self._config.folder, result.episode
+    def _record(self, item: WorkItem, spec: PolicySpec, result: EpisodeResult) -> None:
+        folder, suite = self._config.folder, self._config.suite
+        if not self._known:
+            self._known = True
+            machine = dataclasses.asdict(versions.machine())
+            results.write_json(storage.join(folder, "machines", f"{manifest.digest(machine)[:12]}.json"), machine)
         video = None
-        if result.frames:
-            name = results.stem(ref.name, episode.task, episode.variant, episode.episode_id)
-            video = f"videos/{name}.mp4"
-            data = videos.rollout_video(result, ref.name, self._config.suite.control_hz)
+        if result.frames and not (self._config.only_failures and result.success):
+            video = f"videos/{item.part}.mp4"
+            data = videos.rollout_video(result, item.policy.name, suite.control_hz)
             storage.write_bytes(storage.join(folder, video), data)
-        row = results.episode_row(result, ref.name, policy.spec.kind, video)
+        row = results.episode_row(result, item.policy.name, spec.kind, item.seed, video)
         results.write_trajectory(folder, row, result)
-        return row
+        results.write_rows(results.part_url(folder, item.part), [row], results.EPISODE_SCHEMA)
 
 
-SweepWorker = ray.remote(SweepWorkerImpl)
+class Hosted:
+    """One episode's policy, in a `Host` actor.
+
+    Raises, from `ask`: what the policy raises; SessionLostError if the host has died, once it is back, or has not come
+    back within patience_s.
+    """
+
+    def __init__(self, ref: PolicyRef, host: Any, spec: PolicySpec, patience_s: float):
+        self.spec = spec
+        self._ref, self._host, self._patience_s = ref, host, patience_s
+
+    @classmethod
+    async def connected(cls, ref: PolicyRef, host: Any, patience_s: float) -> Hosted:
+        """Once the host is there and has loaded the policy."""
+        give_up = time.monotonic() + patience_s
+        while True:
+            try:
+                return cls(ref, host, await _call(host.spec.remote(ref)), patience_s)
+            except SessionLostError:
+                if time.monotonic() >= give_up:
+                    raise
+                await asyncio.sleep(_PAUSE_S)
+
+    async def ask(self, observation: Observation, session: str) -> Answer:
+        try:
+            return await _call(self._host.ask.remote(self._ref, observation, session))
+        except SessionLostError:
+            await self.connected(self._ref, self._host, self._patience_s)
+            raise
+
+    def attach(self, session: str, env: SimEnv, episode: Episode) -> None:
+        """Nothing here is shown to another process."""
+
+    def renew(self, session: str) -> None:
+        self.reset(session)
+
+    def reset(self, session: str) -> None:
+        self._host.reset.remote(self._ref, session)
 
 
-def write_crashed(folder: str, item: WorkItem, failure: str) -> None:
-    rows: Sequence[Mapping[str, Any]] = [results.crashed_row(e, item.policy.name, failure) for e in item.episodes]
-    results.write_rows(results.part_url(folder, item.part), rows, results.EPISODE_SCHEMA)
+async def _call(reference: Any) -> Any:
+    try:
+        return await reference
+    except RayTaskError as error:
+        raise (error.cause if isinstance(error.cause, DualVLAError) else error) from None
+    except RayActorError as error:
+        raise SessionLostError(f"The policy's process died: {error}") from error
+
+
+class HostImpl:
+    """Holds policies, each from its first question until it is dropped, and batches over all simulators.
+
+    max_batch: at most so many observations in one forward pass; 1 makes answers independent of what else is asked.
+    """
+
+    def __init__(self, suite: Suite, load_policy: LoadPolicy, reasoning: str, max_batch: int | None):
+        self._suite, self._load, self._reasoning, self._max_batch = suite, load_policy, reasoning, max_batch
+        self._policies: dict[str, asyncio.Task[Batched]] = {}
+        self._computing = ThreadPoolExecutor(1)
+
+    async def spec(self, ref: PolicyRef) -> PolicySpec:
+        return (await self._policy(ref)).spec
+
+    async def ask(self, ref: PolicyRef, observation: Observation, session: str) -> Answer:
+        return await (await self._policy(ref)).ask(observation, session)
+
+    async def reset(self, ref: PolicyRef, session: str) -> None:
+        (await self._policy(ref)).reset(session)
+
+    async def drop(self, ref: PolicyRef) -> None:
+        """Frees the policy's memory."""
+        self._policies.pop(ref.name, None)
+
+    async def _policy(self, ref: PolicyRef) -> Batched:
+        if ref.name not in self._policies:
+            self._policies[ref.name] = asyncio.create_task(self._loaded(ref))
+        return await self._policies[ref.name]
+
+    async def _loaded(self, ref: PolicyRef) -> Batched:
+        def load() -> Policy:
+            return self._load(ref, suite=self._suite, reasoning=self._reasoning, seed=0)
+
+        policy = await asyncio.get_running_loop().run_in_executor(self._computing, load)
+        return Batched(policy, self._max_batch, self._computing)
+
+
+Simulator = ray.remote(SimulatorImpl)
+Host = ray.remote(HostImpl)
+
+
+def write_crashed(folder: str, item: WorkItem, stop_reason: str, failure: str) -> None:
+    row: Mapping[str, Any] = results.crashed_row(item.episode, item.policy.name, item.seed, stop_reason, failure)
+    results.write_rows(results.part_url(folder, item.part), [row], results.EPISODE_SCHEMA)

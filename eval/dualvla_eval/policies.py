@@ -18,8 +18,8 @@ from dualvla.errors import CheckpointError, UsageError, did_you_mean
 from dualvla.io import manifest, storage
 from dualvla.policy import Policy
 from dualvla.schema import ACTION_SPACES, Observation, PolicyReply, PolicySpec
+from dualvla_eval.asking import Answer, EpisodePolicy
 from dualvla_eval.experts import Expert
-from dualvla_eval.rollout import PrivilegedPolicy
 from dualvla_eval.sim.base import SimEnv
 from dualvla_eval.suites import Episode, Suite
 
@@ -56,6 +56,11 @@ class PolicyRef:
     @property
     def remote(self) -> bool:
         return self.source.startswith(_REMOTE)
+
+    @property
+    def hosted(self) -> bool:
+        """A checkpoint, which is loaded once for all who ask."""
+        return not (self.built_in or self.remote)
 
 
 def parse_policy(text: str, ablation: Ablation = "none") -> PolicyRef:
@@ -100,13 +105,13 @@ def digest(ref: PolicyRef) -> str:
 
 
 def load(ref: PolicyRef, *, suite: Suite, reasoning: str = "auto", seed: int = 0) -> Policy:
-    """Builds the policy and checks that it fits the suite.
+    """Builds the policy, without its ablation, and checks that it fits the suite.
 
     Raises: CheckpointError if the checkpoint is unusable or made for another robot; UsageError for a bad `reasoning`.
     """
     policy = _load(ref, suite, reasoning, seed)
     _check_fits(ref, policy.spec, suite)
-    return policy if ref.ablation == "none" else Ablated(policy, ref.ablation, seed)
+    return policy
 
 
 def _load(ref: PolicyRef, suite: Suite, reasoning: str, seed: int) -> Policy:
@@ -126,10 +131,16 @@ def _load(ref: PolicyRef, suite: Suite, reasoning: str, seed: int) -> Policy:
 
 
 def load_checkpoint(folder: str, reasoning: str = "auto") -> Any:
-    """The `VLAPolicy` of a checkpoint folder. reasoning: "auto", "never" or "every:K" (K control steps)."""
+    """The `VLAPolicy` of a checkpoint folder, on this process's GPU if it has one.
+
+    reasoning: "auto", "never" or "every:K" (K control steps).
+    """
+    import torch
+
     from dualvla.vla_policy import PolicyOptions, VLAPolicy
 
-    return VLAPolicy.from_pretrained(folder, options=PolicyOptions(reasoning=reasoning))
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    return VLAPolicy.from_pretrained(folder, options=PolicyOptions(reasoning=reasoning, device=device))
 
 
 def _check_fits(ref: PolicyRef, spec: PolicySpec, suite: Suite) -> None:
@@ -204,25 +215,25 @@ class RandomPolicy:
 class Ablated:
     """A control experiment: the same policy with grey images, or given another object's instruction."""
 
-    def __init__(self, policy: Policy, ablation: Ablation, seed: int):
+    def __init__(self, policy: EpisodePolicy, ablation: Ablation, seed: int):
         self.spec = policy.spec
         self._policy, self._ablation, self._seed = policy, ablation, seed
         self._instructions: dict[str, str] = {}
 
+    async def ask(self, observation: Observation, session: str) -> Answer:
+        if self._ablation == "other-instruction":
+            shown = replace(observation, instruction=self._instructions[session])
+        else:
+            shown = replace(observation, images=blank(observation.images))
+        return await self._policy.ask(shown, session)
+
     def attach(self, session: str, env: SimEnv, episode: Episode) -> None:
-        if isinstance(self._policy, PrivilegedPolicy):
-            self._policy.attach(session, env, episode)
+        self._policy.attach(session, env, episode)
         if self._ablation == "other-instruction":
             self._instructions[session] = other_instruction(env, _rng(session, self._seed))
 
-    def infer(self, observations: Sequence[Observation], sessions: Sequence[str]) -> list[PolicyReply]:
-        changed = [self._change(o, s) for o, s in zip(observations, sessions, strict=True)]
-        return self._policy.infer(changed, sessions)
-
-    def _change(self, observation: Observation, session: str) -> Observation:
-        if self._ablation == "other-instruction":
-            return replace(observation, instruction=self._instructions[session])
-        return replace(observation, images=blank(observation.images))
+    def renew(self, session: str) -> None:
+        self._policy.renew(session)
 
     def reset(self, session: str) -> None:
         self._instructions.pop(session, None)

@@ -25,7 +25,8 @@ from dualvla_eval import policies, qa_benchmarks, qa_metrics, results
 from dualvla_eval.policies import PolicyRef
 from dualvla_eval.qa_benchmarks import Benchmark, BenchmarkRef, Question
 from dualvla_eval.qa_metrics import ALL, MM, mean_of_benchmarks, measured
-from dualvla_eval.sweep import flat_tasks, parts_done, pool_share, refuse_duplicates
+from dualvla_eval.summary import flat_tasks
+from dualvla_eval.sweep import parts_done, pool_share, refuse_duplicates
 
 log = logging.getLogger(__name__)
 

@@ -1,11 +1,14 @@
 """The files of an evaluation folder (contract.md): what is written of each episode, and reading it back.
 
-    episodes.parquet                                one row an episode, sorted, never two for one key
-    trajectories/<policy>-<task>-<episode>.parquet  one row a step, and a closing row without action
-    videos/<policy>-<task>-<episode>.mp4
-    frames/<policy>-<task>-<episode>.parquet        pictures that a judge has taken out of a film
-    summary.json                                    rates, means, termination rule, conventions
-    parts/*.parquet                                 the rows of one work item each: the sweep's durable progress
+    episodes.parquet               one row an episode, sorted, never two for one key
+    trajectories/<episode>.parquet one row a step, and a closing row without action
+    videos/<episode>.mp4
+    frames/<episode>.parquet       pictures that a judge has taken out of a film
+    summary.json                   rates, means, pairs, termination rule, conventions, versions
+    parts/<episode>.parquet        its row of episodes.parquet: the sweep's durable progress
+    machines/*.json                what simulated: versions and drivers
+
+<episode> is <policy>-<task>[-<variant>]-<number>[-s<seed>].
 
 Knows the records of a rollout and files; knows nothing of Ray or of judges.
 """
@@ -14,6 +17,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
@@ -29,6 +33,7 @@ EPISODES = "episodes.parquet"
 ANSWERS = "answers.parquet"
 SUMMARY = "summary.json"
 KIND = "evaluation"
+_READERS = 16  # at once, of small files that may be in an object store
 
 EPISODE_SCHEMA = pa.schema(
     [
@@ -36,11 +41,13 @@ EPISODE_SCHEMA = pa.schema(
         ("task", pa.string()),
         ("variant", pa.string()),
         ("episode_id", pa.int64()),
-        ("seed", pa.int64()),
+        ("seed", pa.int64()),  # of the policy's randomness
+        ("scene_seed", pa.int64()),
         ("policy", pa.string()),
         ("policy_kind", pa.string()),
         ("instruction", pa.string()),
-        ("success", pa.bool_()),
+        ("success", pa.bool_()),  # by the sweep's termination rule
+        ("first_success", pa.int32()),  # steps until success first held, null: never
         ("steps", pa.int32()),
         ("stop_reason", pa.string()),
         ("failure", pa.string()),
@@ -49,10 +56,11 @@ EPISODE_SCHEMA = pa.schema(
         ("replies", pa.int32()),  # how often the policy was asked
         ("infer_ms", pa.float64()),  # mean over the replies, amortised over the batch
         ("wall_s", pa.float64()),
+        ("wait_s", pa.float64()),  # of it: waiting for the policy
         ("video", pa.string()),
     ]
 )
-EPISODE_KEY = ("policy", "task", "variant", "episode_id")
+EPISODE_KEY = ("policy", "task", "variant", "episode_id", "seed")
 
 TRAJECTORY_SCHEMA = pa.schema(
     [
@@ -94,10 +102,10 @@ class Trajectory:
         return len(self.actions)
 
 
-def stem(policy: str, task: str, variant: str, episode_id: int) -> str:
+def stem(policy: str, task: str, variant: str, episode_id: int, seed: int) -> str:
     """File name, without its ending, of what belongs to one episode."""
     middle = task if variant == "base" else f"{task}-{variant}"
-    return f"{policy}-{middle}-{episode_id:04d}"
+    return f"{policy}-{middle}-{episode_id:04d}" + (f"-s{seed}" if seed else "")
 
 
 def trajectory_url(folder: str, row: Mapping[str, Any]) -> str:
@@ -105,19 +113,20 @@ def trajectory_url(folder: str, row: Mapping[str, Any]) -> str:
 
 
 def row_stem(row: Mapping[str, Any]) -> str:
-    return stem(row["policy"], row["task"], row["variant"], row["episode_id"])
+    return stem(*(row[name] for name in EPISODE_KEY))
 
 
 def part_url(folder: str, name: str) -> str:
     return storage.join(folder, "parts", f"{name}.parquet")
 
 
-def episode_row(result: EpisodeResult, policy: str, kind: str, video: str | None) -> dict[str, Any]:
+def episode_row(result: EpisodeResult, policy: str, kind: str, seed: int, video: str | None) -> dict[str, Any]:
     waits = [s.infer_ms for s in result.steps if s.infer_ms is not None]
     return _row(
-        result.episode, policy, kind,
+        result.episode, policy, kind, seed,
         instruction=result.instruction,
         success=result.success,
+        first_success=result.first_success,
         steps=result.num_steps,
         stop_reason=result.stop_reason,
         failure=result.failure,
@@ -126,26 +135,28 @@ def episode_row(result: EpisodeResult, policy: str, kind: str, video: str | None
         replies=len(waits),
         infer_ms=float(np.mean(waits)) if waits else None,
         wall_s=result.wall_s,
+        wait_s=result.wait_s,
         video=video,
     )  # fmt: skip
 
 
-def crashed_row(episode: Episode, policy: str, failure: str) -> dict[str, Any]:
-    """The row of an episode that killed its worker: counted as not solved, with nothing recorded."""
+def crashed_row(episode: Episode, policy: str, seed: int, stop_reason: str, failure: str) -> dict[str, Any]:
+    """The row of an episode that took its process along: counted as not solved, with nothing recorded."""
     return _row(
-        episode, policy, "unknown",
-        instruction="", success=False, steps=0, stop_reason="crashed", failure=failure,
-        reasoning_steps=0, reasoning_tokens=0, replies=0, infer_ms=None, wall_s=0.0, video=None,
+        episode, policy, "unknown", seed,
+        instruction="", success=False, first_success=None, steps=0, stop_reason=stop_reason, failure=failure,
+        reasoning_steps=0, reasoning_tokens=0, replies=0, infer_ms=None, wall_s=0.0, wait_s=0.0, video=None,
     )  # fmt: skip
 
 
-def _row(episode: Episode, policy: str, kind: str, **columns: Any) -> dict[str, Any]:
+def _row(episode: Episode, policy: str, kind: str, seed: int, **columns: Any) -> dict[str, Any]:
     return {
         "suite": episode.suite,
         "task": episode.task,
         "variant": episode.variant,
         "episode_id": episode.episode_id,
-        "seed": episode.seed,
+        "seed": seed,
+        "scene_seed": episode.seed,
         "policy": policy,
         "policy_kind": kind,
         **columns,
@@ -199,7 +210,10 @@ def load_trajectory(url: str, row: Mapping[str, Any], frames: Frames | None) -> 
 
 def merge_parts(folder: str, names: Sequence[str], schema: pa.Schema, key: Sequence[str]) -> pa.Table:
     """The rows of all parts, sorted by `key`. Equal parts give an equal table, whoever wrote them in whatever order."""
-    table = pa.concat_tables([dataset.read_table(part_url(folder, name), schema.names) for name in names])
+    with ThreadPoolExecutor(_READERS) as readers:
+        table = pa.concat_tables(
+            readers.map(lambda name: dataset.read_table(part_url(folder, name), schema.names), names)
+        )
     return table.sort_by([(name, "ascending") for name in key])
 
 
@@ -213,6 +227,16 @@ def write_json(url: str, value: Mapping[str, Any]) -> None:
 
 def read_json(url: str) -> dict[str, Any]:
     return json.loads(storage.read_bytes(url))
+
+
+def read_machines(folder: str) -> list[dict[str, Any]]:
+    """What the episodes were simulated on, each kind of machine once."""
+    return [read_json(url) for url in sorted(storage.list_files(storage.join(folder, "machines"), ".json"))]
+
+
+def has_trajectory(row: Mapping[str, Any]) -> bool:
+    """False for an episode that took its process along: nothing of it was recorded."""
+    return row["stop_reason"] not in ("crashed", "stalled")
 
 
 def read_episodes(folder: str) -> list[dict[str, Any]]:

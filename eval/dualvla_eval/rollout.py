@@ -1,45 +1,58 @@
-"""Closed-loop rollouts: steps several environments in lockstep with one policy and records what happened.
+"""Closed-loop rollouts: one episode of one environment with one policy, and what happened in it.
 
-Knows the `Policy` protocol and the environments only: no Ray, no files. Whatever a policy answers is data: a bad reply
-ends its episode with a stop reason, and the other episodes go on.
+An episode is a coroutine that waits for its policy only, so that many share a process: while one waits, others
+simulate. Knows environments and `EpisodePolicy`: no Ray, no files. Whatever a policy answers is data: a bad reply ends
+its episode with a stop reason, and the other episodes go on.
 """
 
 from __future__ import annotations
 
+import asyncio
+import logging
 import time
 from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol, runtime_checkable
+from typing import Any
 
 import numpy as np
 
-from dualvla.errors import PolicyError
+from dualvla.errors import PolicyError, ServerError, SessionLostError
 from dualvla.policy import Policy
 from dualvla.schema import ACTION_SPACES, Observation, PolicyReply
+from dualvla_eval.asking import Batched, EpisodePolicy
+from dualvla_eval.conventions import Conventions, Plan
 from dualvla_eval.sim.base import SimEnv, to_observation
 from dualvla_eval.suites import Episode, Suite
 
-# Why an episode ended. "crashed" is given by the sweep to an episode that killed its worker.
+log = logging.getLogger(__name__)
+
+_USUAL = Conventions()
+
+# Why an episode ended. "crashed" and "stalled" are given by the sweep to an episode that took its process along.
 STOP_REASONS = (
-    "success",
+    "success",  # at the end of the episode, as its termination rule has it
     "failure",  # the environment ended it: a wrong object, ...
     "step_limit",
     "policy_empty",  # no reply, or a reply without actions
-    "policy_shape",  # not [at least execute_steps, D]
+    "policy_shape",  # not [at least as many as are executed, D]
     "policy_nan",  # an action to execute is not finite
     "policy_mismatch",  # the reply carries the id of another observation
     "policy_error",  # the policy raised PolicyError
+    "policy_timeout",  # no reply within the time limit of a step
+    "policy_unreachable",  # its endpoint did not come back in time
+    "episode_timeout",  # the time limit of an episode
     "crashed",
+    "stalled",
 )
 
 
-@runtime_checkable
-class PrivilegedPolicy(Protocol):
-    """A policy that may look into the simulator: an expert, a random policy, a control experiment."""
+@dataclass(frozen=True)
+class Limits:
+    """Wall time. step_s: for one answer, and for one step of the simulator. episode_s: for all of an episode."""
 
-    def attach(self, session: str, env: SimEnv, episode: Episode) -> None:
-        """Called once an episode, after the environment was reset and before the first `infer` of that session."""
+    step_s: float = 120.0
+    episode_s: float = 1800.0
 
 
 @dataclass(frozen=True)
@@ -64,15 +77,21 @@ class StepRecord:
 
 @dataclass(frozen=True)
 class EpisodeResult:
-    """One finished episode. steps holds one record a step, plus the closing one; frames are uint8 [H, W, 3]."""
+    """One finished episode. steps holds one record a step, plus the closing one; frames are uint8 [H, W, 3].
+
+    first_success: how many steps it took until success first held, None if it never did. wait_s: of wall_s, how long
+    the policy was waited for.
+    """
 
     episode: Episode
     instruction: str
     stop_reason: str
     steps: tuple[StepRecord, ...]
     failure: str | None = None
+    first_success: int | None = None
     frames: tuple[np.ndarray, ...] = ()
     wall_s: float = 0.0
+    wait_s: float = 0.0
 
     @property
     def success(self) -> bool:
@@ -93,14 +112,16 @@ class _Running:
     obs: Mapping[str, Any]
     instruction: str
     max_steps: int
-    started: float
+    plan: Plan
     frame_size: int | None
+    started: float
     steps: list[StepRecord] = field(default_factory=list)
     frames: list[np.ndarray] = field(default_factory=list)
-    plan: deque[np.ndarray] = field(default_factory=deque)
-    reply: PolicyReply | None = None  # the one behind `plan`; fresh until its first action is executed
+    reply: PolicyReply | None = None  # the last one; fresh until its first action is executed
     fresh: bool = False
     infer_ms: float = 0.0
+    wait_s: float = 0.0
+    first_success: int | None = None
     stop_reason: str | None = None
     failure: str | None = None
 
@@ -113,88 +134,148 @@ def session_name(episode: Episode, seed: int) -> str:
     return f"{episode.suite}/{episode.task}/{episode.variant}/{episode.episode_id}?seed={seed}"
 
 
+async def run_episode(
+    policy: EpisodePolicy,
+    env: SimEnv,
+    suite: Suite,
+    episode: Episode,
+    *,
+    seed: int = 0,
+    conventions: Conventions = _USUAL,
+    limits: Limits = Limits(),
+    frame_size: int | None = None,
+) -> EpisodeResult:
+    """frame_size: side in pixels of the frames to keep (None: keep none).
+
+    A policy that has lost the session is asked again from the episode's start, once. Raises: SessionLostError then, and
+    what the environment or the policy raises other than PolicyError and ServerError.
+    """
+    try:
+        return await _run(policy, env, suite, episode, seed, conventions, limits, frame_size)
+    except SessionLostError as error:
+        log.warning("%s starts again: %s", session_name(episode, seed), error)
+        return await _run(policy, env, suite, episode, seed, conventions, limits, frame_size)
+
+
 def run_episodes(
-    policy: Policy,
+    policy: Policy | EpisodePolicy,
     envs: Sequence[SimEnv],
     suite: Suite,
     episodes: Sequence[Episode],
     *,
     seed: int = 0,
+    conventions: Conventions = _USUAL,
+    limits: Limits = Limits(),
     frame_size: Mapping[int, int] | None = None,
 ) -> Iterator[EpisodeResult]:
-    """Yields results as episodes finish. At most len(envs) episodes are in flight; all of them share each `infer`.
+    """Yields results as episodes finish. At most len(envs) episodes are in flight, and share forward passes.
 
     frame_size: episode_id -> side in pixels of the frames to keep of that episode (default: keep none).
     """
-    waiting = deque(episodes)
-    size = ACTION_SPACES[suite.action_space].size
-    running: list[_Running] = []
-    free = list(envs)
-    while waiting or running:
-        while free and waiting:
-            episode = waiting.popleft()
-            keep = (frame_size or {}).get(episode.episode_id)
-            running.append(_start(policy, free.pop(), suite, episode, seed, keep))
-        asking = [r for r in running if not r.plan]
-        if asking:
-            _ask(policy, asking, size)
-        for run in [r for r in running if r.stop_reason is None]:
-            _step(run)
-        for run in [r for r in running if r.stop_reason is not None]:
-            running.remove(run)
-            free.append(run.env)
-            yield _finish(policy, run)
+    asked: EpisodePolicy = Batched(policy) if isinstance(policy, Policy) else policy
+    waiting, free = deque(episodes), deque(envs)
+    options: dict[str, Any] = {"seed": seed, "conventions": conventions, "limits": limits}
+
+    async def run(episode: Episode, env: SimEnv) -> EpisodeResult:
+        keep = (frame_size or {}).get(episode.episode_id)
+        result = await run_episode(asked, env, suite, episode, **options, frame_size=keep)
+        free.append(env)
+        return result
+
+    with asyncio.Runner() as runner:
+        loop, running = runner.get_loop(), set[asyncio.Task[EpisodeResult]]()
+        while waiting or running:
+            while waiting and free:
+                running.add(loop.create_task(run(waiting.popleft(), free.popleft())))
+            done, running = runner.run(_first(running))
+            yield from sorted((task.result() for task in done), key=lambda r: r.episode.episode_id)
 
 
-def _start(policy: Policy, env: SimEnv, suite: Suite, episode: Episode, seed: int, frame_size: int | None) -> _Running:
+async def _first(tasks: set[asyncio.Task[EpisodeResult]]) -> tuple[set[Any], set[Any]]:
+    return await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+
+
+async def _run(
+    policy: EpisodePolicy,
+    env: SimEnv,
+    suite: Suite,
+    episode: Episode,
+    seed: int,
+    conventions: Conventions,
+    limits: Limits,
+    frame_size: int | None,
+) -> EpisodeResult:
     started = time.perf_counter()
     obs, _ = env.reset(seed=episode.seed, options={"episode": episode})
     session = session_name(episode, seed)
     policy.reset(session)
-    if isinstance(policy, PrivilegedPolicy):
-        policy.attach(session, env, episode)
+    policy.attach(session, env, episode)
     max_steps = suite.task(episode.task).max_steps
-    return _Running(episode, env, session, obs, obs["instruction"], max_steps, started, frame_size)
-
-
-def _ask(policy: Policy, asking: Sequence[_Running], action_size: int) -> None:
-    """One `infer` for all that need a new plan; sets their plan, or the reason why they stop."""
-    observations = [run.observation() for run in asking]
-    started = time.perf_counter()
+    plan = Plan(conventions, policy.spec)
+    instruction = obs["instruction"]
+    run = _Running(episode, env, session, obs, instruction, max_steps, plan, frame_size, started)
     try:
-        replies: Sequence[PolicyReply | None] = policy.infer(observations, [run.session for run in asking])
-    except PolicyError as error:
-        for run in asking:
-            run.stop_reason, run.failure = "policy_error", str(error)
+        while run.stop_reason is None:
+            if plan.empty:
+                await _ask(policy, run, conventions, limits)
+            if run.stop_reason is None:
+                _step(run, conventions)
+            if run.obs["instruction"] != instruction:  # another subtask
+                instruction = run.obs["instruction"]
+                plan.clear()
+                policy.renew(session)
+            if run.stop_reason is None and time.perf_counter() - started > limits.episode_s:
+                run.stop_reason, run.failure = "episode_timeout", f"took more than {limits.episode_s:g} s"
+            await asyncio.sleep(0)  # the others' turn
+    finally:
+        policy.reset(session)
+    return _finish(run)
+
+
+async def _ask(policy: EpisodePolicy, run: _Running, conventions: Conventions, limits: Limits) -> None:
+    """Sets what to execute next, or the reason why the episode stops."""
+    observation, started = run.observation(), time.perf_counter()
+    try:
+        async with asyncio.timeout(limits.step_s):
+            answer = await policy.ask(conventions.shown(observation), run.session)
+    except TimeoutError:
+        run.stop_reason, run.failure = "policy_timeout", f"no reply within {limits.step_s:g} s"
         return
-    infer_ms = (time.perf_counter() - started) * 1e3 / len(asking)
-    padded = [*replies, *[None] * (len(asking) - len(replies))]
-    for run, observation, reply in zip(asking, observations, padded, strict=False):
-        run.infer_ms = infer_ms
-        run.stop_reason = _fault(reply, observation, policy.spec.execute_steps, action_size)
-        if run.stop_reason is None and reply is not None:
-            actions = np.asarray(reply.actions, dtype=np.float32)
-            run.plan.extend(actions[: policy.spec.execute_steps])
-            run.reply, run.fresh = reply, True
+    except PolicyError as error:
+        run.stop_reason, run.failure = "policy_error", str(error)
+        return
+    except SessionLostError:
+        raise
+    except ServerError as error:
+        run.stop_reason, run.failure = "policy_unreachable", str(error)
+        return
+    finally:
+        run.wait_s += time.perf_counter() - started
+    run.infer_ms, reply = answer.infer_ms, answer.reply
+    needed = 1 if conventions.ensemble else policy.spec.execute_steps
+    run.stop_reason = _fault(reply, observation, needed, ACTION_SPACES[policy.spec.action_space].size)
+    if run.stop_reason is None and reply is not None:
+        run.plan.add(observation.step, reply)
+        run.reply, run.fresh = reply, True
 
 
-def _fault(reply: PolicyReply | None, observation: Observation, execute_steps: int, action_size: int) -> str | None:
+def _fault(reply: PolicyReply | None, observation: Observation, needed: int, action_size: int) -> str | None:
     """The stop reason of a reply that cannot be executed, None for a good one."""
     if reply is None or np.size(reply.actions) == 0:
         return "policy_empty"
     if reply.id != observation.id:
         return "policy_mismatch"
     actions = np.asarray(reply.actions)
-    if actions.ndim != 2 or actions.shape[1] != action_size or len(actions) < execute_steps:
+    if actions.ndim != 2 or actions.shape[1] != action_size or len(actions) < needed:
         return "policy_shape"
-    if not np.isfinite(actions[:execute_steps]).all():
+    if not np.isfinite(actions[:needed]).all():
         return "policy_nan"
     return None
 
 
-def _step(run: _Running) -> None:
+def _step(run: _Running, conventions: Conventions) -> None:
     assert run.reply is not None
-    action, reply, fresh = run.plan.popleft(), run.reply, run.fresh
+    action, reply, fresh = run.plan.next(), run.reply, run.fresh
     run.fresh = False
     before, state = run.obs, run.env.state().to_dict()
     frame = run.env.render(run.frame_size) if run.frame_size is not None else None
@@ -215,15 +296,18 @@ def _step(run: _Running) -> None:
     )
     if frame is not None:
         run.frames.append(frame)
-    if info["success"]:
+    if info["success"] and run.first_success is None:
+        run.first_success = len(run.steps)
+    over = truncated or len(run.steps) >= run.max_steps
+    if info["success"] and (over or terminated or conventions.termination == "first_success"):
         run.stop_reason = "success"
     elif terminated:
         run.stop_reason, run.failure = "failure", info["failure"]
-    elif truncated or len(run.steps) >= run.max_steps:
+    elif over:
         run.stop_reason = "step_limit"
 
 
-def _finish(policy: Policy, run: _Running) -> EpisodeResult:
+def _finish(run: _Running) -> EpisodeResult:
     """Adds the closing record: where the last action led."""
     assert run.stop_reason is not None
     run.steps.append(
@@ -236,13 +320,14 @@ def _finish(policy: Policy, run: _Running) -> EpisodeResult:
     )
     if run.frame_size is not None:
         run.frames.append(run.env.render(run.frame_size))
-    policy.reset(run.session)
     return EpisodeResult(
         episode=run.episode,
         instruction=run.instruction,
         stop_reason=run.stop_reason,
         steps=tuple(run.steps),
         failure=run.failure,
+        first_success=run.first_success,
         frames=tuple(run.frames),
         wall_s=time.perf_counter() - run.started,
+        wait_s=run.wait_s,
     )

@@ -30,6 +30,7 @@ SCORE_SCHEMA = pa.schema(
         ("task", pa.string()),
         ("variant", pa.string()),
         ("episode_id", pa.int64()),
+        ("seed", pa.int64()),
         ("success", pa.bool_()),
         ("A", pa.float64()),  # 0 to 10, as the judge gave them; null where it has nothing to say
         ("I", pa.float64()),
@@ -115,7 +116,7 @@ def score_folder(folder: str, judge: Judge) -> dict[str, Any]:
             return {**before, "skipped": True}
 
     episodes = results.read_episodes(folder)
-    recorded = Recorded(folder, [e for e in episodes if e["stop_reason"] != "crashed"])
+    recorded = Recorded(folder, [e for e in episodes if results.has_trajectory(e)])
     with console.progress(f"judge {judge.name}", len(recorded)) as advance:
         verdicts = dict(zip(map(_key, recorded.rows), judge.judge(recorded, advance), strict=True))
     nothing = Verdict(unjudged="the episode crashed: nothing was recorded")
@@ -158,7 +159,7 @@ def _row(episode: Mapping[str, Any], verdict: Verdict, judge: str) -> dict[str, 
         for dimension, contributions in verdict.explanation.items()
     }
     return {
-        **{name: episode[name] for name in ("policy", "policy_kind", "task", "variant", "episode_id", "success")},
+        **{name: episode[name] for name in ("policy", "policy_kind", *results.EPISODE_KEY[1:], "success")},
         "A": verdict.action,
         "I": verdict.intention,
         "R": reasoning,

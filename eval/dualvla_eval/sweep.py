@@ -1,46 +1,77 @@
-"""A sweep: policies x tasks x numbered episodes, run by a pool of workers, exactly once, into an evaluation folder.
+"""A sweep: policies x tasks x numbered episodes x seeds, by simulators and policy hosts, exactly once, into a folder.
 
-Work is cut into fixed items, so the number of workers changes no outcome. What is recorded in `parts/` is done; a
-killed sweep goes on from there. Knows nothing of what a policy or a task is.
+The unit of work is one episode. What is recorded in `parts/` is done; a killed sweep goes on from there. Neither the
+order of the work nor the number of processes changes an outcome. Knows nothing of what a policy or a task is.
 """
 
 from __future__ import annotations
 
 import logging
+import os
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
-import numpy as np
+import ray
 
 from dualvla import console
-from dualvla.errors import UsageError, did_you_mean
+from dualvla.errors import SessionLostError, UsageError, did_you_mean
 from dualvla.io import dataset, manifest, storage
 from dualvla_cluster import connect, pool, resources
-from dualvla_eval import policies, results, statistics
-from dualvla_eval.actors import LoadPolicy, SweepWorker, WorkerConfig, WorkItem, write_crashed
+from dualvla_eval import policies, results
+from dualvla_eval.actors import Host, LoadPolicy, Simulator, SimulatorConfig, WorkItem, write_crashed
+from dualvla_eval.conventions import Conventions
 from dualvla_eval.policies import PolicyRef
+from dualvla_eval.rollout import Limits
 from dualvla_eval.suites import Suite
+from dualvla_eval.summary import summarise
 
 log = logging.getLogger(__name__)
 
-_EPISODES_PER_ITEM = 10
+_GPU_BATCH = 16  # what `max_batch` None means where policies run on a GPU; on a CPU, 1
 
 
 @dataclass(frozen=True)
 class SweepConfig:
     """What changes the result of a sweep, beside the policies and the suite.
 
-    tasks: task -> number of episodes. reasoning: when checkpoints may think ("auto", "never", "every:K" control steps).
-    envs_per_worker: how many episodes share one forward pass.
+    tasks: task -> number of episodes of each of its variants. variants: of the suite's (None: all). seeds: of the
+    policies' randomness; every episode is run with each. reasoning: when checkpoints may think ("auto", "never",
+    "every:K" control steps). conventions: how replies become actions. max_batch: of observations that a checkpoint is
+    asked about at once; batches form as work comes, and change the last bits of a network's sums, so that 1 alone
+    repeats to the bit (None: 1 on a CPU, 16 on a GPU). videos_per_task: of the first episodes of each task and variant,
+    with the first seed; with only_failures, kept if the episode was not solved.
     """
 
     tasks: Mapping[str, int]
-    seed: int = 0
+    variants: tuple[str, ...] | None = None
+    seeds: tuple[int, ...] = (0,)
     reasoning: str = "auto"
-    envs_per_worker: int = 5
+    conventions: Conventions = field(default_factory=Conventions)
+    max_batch: int | None = None
     videos_per_task: int = 2
+    only_failures: bool = False
+
+
+@dataclass(frozen=True)
+class Machinery:
+    """What runs a sweep, and changes no outcome.
+
+    workers: simulator processes, at most; a cluster that has no room for all gives work to those that run.
+    envs_per_worker: episodes that a simulator has in flight, so that it simulates some while others wait for a policy.
+    hosts: processes that hold checkpoints (None: one a GPU; without one as many as workers on a machine of our own,
+    else one). recycle_after: episodes after which a simulator is replaced, which bounds what it can leak. patience_s:
+    how long an endpoint, or a host that is restarted, may be away.
+    """
+
+    workers: int
+    envs_per_worker: int = 4
+    hosts: int | None = None
+    recycle_after: int = 200
+    limits: Limits = field(default_factory=Limits)
+    patience_s: float = 60.0
 
 
 def run_sweep(
@@ -49,41 +80,70 @@ def run_sweep(
     refs: Sequence[PolicyRef],
     config: SweepConfig,
     *,
-    workers: int,
+    machinery: Machinery = Machinery(workers=1),
     load_policy: LoadPolicy = policies.load,
 ) -> dict[str, Any]:
     """Fills `folder` and returns its summary; returns at once if it was finished from the same inputs.
 
-    Raises: UsageError for two policies of one name; OutputError if the folder belongs to another run; whatever
-    loading a policy raises.
+    Raises: UsageError for two policies of one name or an unknown variant; OutputError if the folder belongs to another
+    run; whatever loading a policy raises.
     """
     refuse_duplicates(refs)
-    identity = {
-        "suite": suite.name,
-        "policies": [r.name for r in refs],
-        "tasks": dict(config.tasks),
-        "seed": config.seed,
-        "reasoning": config.reasoning,
-        "envs_per_worker": config.envs_per_worker,
-        "videos_per_task": config.videos_per_task,
-    }
+    items = plan(suite, refs, config)
+    identity = {"suite": suite.name, "policies": [r.name for r in refs], **asdict(config)}
+    identity |= {"variants": list(config.variants or ()), "seeds": list(config.seeds)}
     inputs = {f"policy:{r.name}": policies.digest(r) for r in refs}
     if not manifest.begin(folder, results.KIND, identity, inputs):
         return {**results.read_json(storage.join(folder, results.SUMMARY)), "skipped": True}
 
-    items = [item for ref in refs for task, count in config.tasks.items() for item in _cut(ref, suite, task, count)]
-    worker = WorkerConfig(
-        folder, suite, load_policy, config.seed, config.reasoning, config.envs_per_worker, config.videos_per_task
+    worker = SimulatorConfig(
+        folder,
+        suite,
+        load_policy,
+        config.reasoning,
+        config.conventions,
+        machinery.limits,
+        machinery.patience_s,
+        config.only_failures,
     )
-    _run_items(worker, items, workers)
+    _run_items(worker, items, machinery, config.max_batch)
 
-    table = results.merge_parts(folder, parts_done(folder), results.EPISODE_SCHEMA, results.EPISODE_KEY)
+    parts = [item.part for item in items]
+    table = results.merge_parts(folder, parts, results.EPISODE_SCHEMA, results.EPISODE_KEY)
     dataset.write_table(storage.join(folder, results.EPISODES), table)
-    rows = table.to_pylist()
-    summary = summarise(suite, refs, config, rows)
+    tasks = list(config.tasks)
+    rows = sorted(table.to_pylist(), key=lambda row: tasks.index(row["task"]))
+    summary = {
+        **summarise(suite, refs, rows, config.conventions),
+        "reasoning": config.reasoning,
+        "seeds": list(config.seeds),
+        "max_batch": config.max_batch,
+        "machines": results.read_machines(folder),
+    }
     results.write_json(storage.join(folder, results.SUMMARY), summary)
     manifest.finish(folder, results.KIND, identity, inputs, episodes=len(rows), suite=suite.name)
     return {**summary, "skipped": False}
+
+
+def plan(suite: Suite, refs: Sequence[PolicyRef], config: SweepConfig) -> list[WorkItem]:
+    """All that is to be run, policy by policy. Raises: UsageError if the chosen tasks have none of the variants."""
+    cells = [
+        (spec.name, spec.variant)
+        for name in config.tasks
+        for spec in suite.tasks
+        if spec.name == name and (config.variants is None or spec.variant in config.variants)
+    ]
+    for variant in config.variants or ():
+        known = {spec.variant for spec in suite.tasks if spec.name in config.tasks}
+        if variant not in known:
+            raise UsageError(f"The tasks have no variant '{variant}'.", did_you_mean(variant, known))
+    return [
+        WorkItem(ref, episode, seed, filmed=seed == config.seeds[0] and number < config.videos_per_task)
+        for ref in refs
+        for task, variant in cells
+        for seed in config.seeds
+        for number, episode in enumerate(suite.episodes(task, config.tasks[task], variant))
+    ]
 
 
 def refuse_duplicates(refs: Iterable[PolicyRef]) -> None:
@@ -93,12 +153,12 @@ def refuse_duplicates(refs: Iterable[PolicyRef]) -> None:
 
 
 def parse_tasks(suite: Suite, tasks: str | None, episodes: str) -> dict[str, int]:
-    """`--tasks touch,pick` and `--episodes 20` or `touch=100,pick=20` as task -> number of episodes.
+    """`--tasks touch,pick` and `--episodes 20` or `touch=100,pick=20` as task -> number of episodes of each variant.
 
     Tasks that `--episodes` does not name get what the suite's task fixes.
     Raises: UsageError for an unknown task or a number that is not positive.
     """
-    names = [t.strip() for t in tasks.split(",")] if tasks else [t.name for t in suite.tasks]
+    names = [t.strip() for t in tasks.split(",")] if tasks else suite.task_names
     counts = {name: suite.task(name).num_episodes for name in names}
     for word in filter(None, episodes.split(",")):
         name, sign, number = word.partition("=")
@@ -111,16 +171,30 @@ def parse_tasks(suite: Suite, tasks: str | None, episodes: str) -> dict[str, int
     return counts
 
 
+def parse_seeds(text: str) -> tuple[int, ...]:
+    """`--seeds 0,2,4`. Raises: UsageError for what is no number, or comes twice."""
+    words = [word.strip() for word in text.split(",")]
+    if not all(word.isdecimal() for word in words) or len(set(words)) < len(words):
+        raise UsageError(f"--seeds: '{text}' is no list of different numbers.", "write 0,1,2")
+    return tuple(map(int, words))
+
+
+def parse_videos(text: str, tasks: Mapping[str, int]) -> tuple[int, bool]:
+    """`--videos N`, all or failures: (how many of the first episodes are filmed, whether only failures are kept).
+
+    Raises: UsageError.
+    """
+    if text in ("all", "failures"):
+        return max(tasks.values()), text == "failures"
+    if not text.isdecimal():
+        raise UsageError(f"--videos '{text}' is no number of episodes.", "write --videos 2, all or failures")
+    return int(text), False
+
+
 def _positive(text: str) -> int:
     if not text.strip().isdecimal() or int(text) < 1:
         raise UsageError(f"--episodes: '{text}' is not a positive number.", "write 20, or touch=100,pick=20")
     return int(text)
-
-
-def _cut(ref: PolicyRef, suite: Suite, task: str, count: int) -> list[WorkItem]:
-    episodes = suite.episodes(task, count)
-    size = _EPISODES_PER_ITEM
-    return [WorkItem(ref, task, tuple(episodes[i : i + size])) for i in range(0, len(episodes), size)]
 
 
 def parts_done(folder: str) -> list[str]:
@@ -128,108 +202,69 @@ def parts_done(folder: str) -> list[str]:
     return [f.rsplit("/", 1)[-1].removesuffix(".parquet") for f in files]
 
 
-def _pending(items: Iterable[WorkItem], done: set[str]) -> list[WorkItem]:
-    """What is left to run. An item that was split because it crashed goes on as its single episodes."""
-    pending = []
-    for item in items:
-        singles = _singles(item)
-        if item.part in done:
-            continue
-        begun = any(s.part in done for s in singles)
-        pending += [s for s in singles if s.part not in done] if begun else [item]
-    return pending
-
-
-def _singles(item: WorkItem) -> list[WorkItem]:
-    return [replace(item, episodes=(episode,)) for episode in item.episodes]
-
-
-def _run_items(config: WorkerConfig, items: Sequence[WorkItem], workers: int) -> None:
-    """Runs what is not recorded yet. Episodes that crash their worker even alone are recorded as crashed."""
-    total = sum(len(i.episodes) for i in items)
-    pending = _pending(items, set(parts_done(config.folder)))
-    todo = sum(len(i.episodes) for i in pending)
+def _run_items(config: SimulatorConfig, items: Sequence[WorkItem], machinery: Machinery, max_batch: int | None) -> None:
+    """Runs what is not recorded yet. Episodes that crash or stall their worker even alone are recorded as such."""
+    done = set(parts_done(config.folder))
+    pending = [item for item in items if item.part not in done]
     if not pending:
         return
     connect.connect()
-    options = resources.reservation("eval", cpus=pool_share(workers))
-    with console.progress("evaluate", total=total, done=total - todo) as advance:
-        while pending:
-            crashed: list[WorkItem] = []
-            for outcome in pool.run(
-                lambda: SweepWorker.options(**options).remote(config),
-                "run",
-                pending,
-                num_actors=workers,
-            ):
-                if outcome.failure is None:
-                    advance(outcome.value)
-                elif len(outcome.item.episodes) > 1:
-                    log.warning("%s crashed; its episodes are run one by one", outcome.item)
-                    crashed += _singles(outcome.item)
-                else:
-                    write_crashed(config.folder, outcome.item, outcome.failure)
-                    advance(1)
-            pending = crashed
+    left = Counter(item.policy for item in pending)
+    alone = all(ref.built_in for ref in left)  # nothing to wait for: one episode at a time keeps a simulator busy
+    rules = pool.Rules(
+        slots=1 if alone else machinery.envs_per_worker,
+        recycle_after=machinery.recycle_after,
+        stall_s=machinery.limits.step_s,
+        retried=(SessionLostError,),
+        errors_crash=True,
+    )
+    with (
+        _hosts(config, list(left), machinery, max_batch) as (hosts, options),
+        console.progress("evaluate", total=len(items), done=len(items) - len(pending)) as advance,
+    ):
+
+        def simulator() -> Any:
+            return Simulator.options(**options).remote(config, hosts)
+
+        for outcome in pool.run(simulator, "run", pending, num_actors=machinery.workers, rules=rules):
+            item = outcome.item
+            if outcome.failure is not None and outcome.reason is not None:
+                log.warning("%s: %s", item, outcome.failure)
+                write_crashed(config.folder, item, outcome.reason, outcome.failure)
+            advance(1)
+            left[item.policy] -= 1
+            if not left[item.policy]:
+                for host in hosts:
+                    host.drop.remote(item.policy)
+
+
+@contextmanager
+def _hosts(
+    config: SimulatorConfig, refs: Sequence[PolicyRef], machinery: Machinery, max_batch: int | None
+) -> Iterator[tuple[list[Any], dict[str, Any]]]:
+    """The hosts that the policies need, and Ray's options of a simulator.
+
+    On a Ray of our own all share its CPUs, whatever their number. On a cluster each takes a whole one, so that an
+    autoscaler sees what is wanted; hosts come first, as nothing goes on without them.
+    """
+    ours = os.environ.get("RAY_ADDRESS", "local") == "local"
+    gpus = int(ray.cluster_resources().get("GPU", 0))
+    number = machinery.hosts or gpus or (machinery.workers if ours else 1)
+    number = number if any(ref.hosted for ref in refs) else 0
+    num_cpus = pool_share(machinery.workers + number) if ours else 1.0
+    options: dict[str, Any] = resources.reservation("eval", cpus=num_cpus)
+    share = options.pop("num_gpus") or min(1.0, gpus / max(1, number))  # the GPUs are for policies
+    make: Callable[..., Any] = Host.options(num_cpus=num_cpus, num_gpus=share, max_restarts=-1).remote
+    batch = max_batch or (_GPU_BATCH if gpus else 1)
+    hosts = [make(config.suite, config.load_policy, config.reasoning, batch) for _ in range(number)]
+    try:
+        ray.get([host.__ray_ready__.remote() for host in hosts])
+        yield hosts, options
+    finally:
+        for host in hosts:
+            ray.kill(host)
 
 
 def pool_share(workers: int) -> float:
     """Logical CPUs of one worker, so that all fit into the cluster: one that waits for a CPU would hang the sweep."""
-    import ray
-
     return min(1.0, 0.9 * ray.cluster_resources().get("CPU", 1.0) / workers)
-
-
-def summarise(
-    suite: Suite, refs: Sequence[PolicyRef], config: SweepConfig, rows: Sequence[Mapping[str, Any]]
-) -> dict[str, Any]:
-    """summary.json: for each policy its tasks with Wilson intervals, named means, costs and stop reasons."""
-    per_policy = {
-        ref.name: _summarise_policy(ref, config, [r for r in rows if r["policy"] == ref.name]) for ref in refs
-    }
-    return {
-        "suite": suite.name,
-        "control_hz": suite.control_hz,
-        "tasks": flat_tasks({name: p["tasks"] for name, p in per_policy.items()}),
-        "policies": per_policy,
-        "termination_rule": suite.termination_rule,
-        "conventions": dict(suite.conventions),
-        "assets": {"used": [], "substituted": []},
-        "interval": "Wilson, 95 %",
-        "reasoning": config.reasoning,
-        "seed": config.seed,
-    }
-
-
-def flat_tasks(tasks: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
-    """contract.md's `tasks`: by task for one policy, by policy/task for several."""
-    if len(tasks) == 1:
-        return dict(next(iter(tasks.values())))
-    return {f"{policy}/{task}": value for policy, of_policy in tasks.items() for task, value in of_policy.items()}
-
-
-def _summarise_policy(ref: PolicyRef, config: SweepConfig, rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    by_task = {task: [r for r in rows if r["task"] == task] for task in config.tasks}
-    tasks = {t: statistics.wilson(sum(r["success"] for r in of), len(of)).to_dict() for t, of in by_task.items()}
-    mean, low, high = statistics.bootstrap_mean_of_means([[float(r["success"]) for r in of] for of in by_task.values()])
-    steps = sum(r["steps"] for r in rows)
-    replies = sum(r["replies"] for r in rows)
-    waited = sum(r["infer_ms"] * r["replies"] for r in rows if r["replies"])
-    kinds = {r["policy_kind"] for r in rows} - {"unknown"}
-    return {
-        "source": "built-in" if ref.built_in else "endpoint" if ref.remote else "checkpoint",
-        "ablation": ref.ablation,
-        "control": ref.control,
-        "kind": kinds.pop() if kinds else "unknown",
-        "tasks": tasks,
-        "means": {
-            "mean of tasks": {"value": mean, "low": low, "high": high, "tasks": list(by_task), "trials": len(rows)}
-        },
-        "steps": steps,
-        "mean_steps": steps / len(rows),
-        "infer_ms": waited / replies if replies else None,
-        "reasoning_tokens_per_step": sum(r["reasoning_tokens"] for r in rows) / max(1, steps),
-        "reasoning_steps_share": sum(r["reasoning_steps"] for r in rows) / max(1, steps),
-        "stop_reasons": dict(sorted(Counter(r["stop_reason"] for r in rows).items())),
-        "mean_wall_s": float(np.mean([r["wall_s"] for r in rows])),
-    }

@@ -52,7 +52,7 @@ class TrustConfig:
 class HumanMark:
     """One person's marks (0..10, None: not given) of one trajectory. synthetic: made up, to try something out."""
 
-    key: tuple[str, str, str, int]
+    key: tuple[str, str, str, int, int]
     rater: str
     synthetic: bool
     marks: Mapping[Dimension, float | None]
@@ -112,7 +112,7 @@ def evaluate_judge(
 
 def _usable(judge: Judge, row: _Row) -> bool:
     """A model judge sees filmed episodes only."""
-    recorded = row["stop_reason"] != "crashed" and row["steps"] > 0
+    recorded = results.has_trajectory(row) and row["steps"] > 0
     return recorded and (row["video"] is not None or not isinstance(judge, ModelJudge))
 
 
@@ -271,7 +271,8 @@ def read_human(url: str) -> list[HumanMark]:
 def _human_mark(url: str, line: int, row: Mapping[str, str]) -> HumanMark:
     try:
         marks: dict[Dimension, float | None] = {d: float(row[d]) if row.get(d) else None for d in DIMENSIONS}
-        key = (row["policy"], row["task"], row.get("variant") or "base", int(row["episode_id"]))
+        scene = (row["policy"], row["task"], row.get("variant") or "base", int(row["episode_id"]))
+        key = (*scene, int(row.get("seed") or 0))
     except (TypeError, ValueError) as error:
         raise DataError(f"'{url}' line {line}: {error}.", "marks are numbers from 0 to 10, or empty") from error
     for dimension, mark in marks.items():

@@ -32,7 +32,7 @@ def site(tmp_path_factory):
             out = str(folder / name)
             config = sweep.SweepConfig({"touch": 3}, videos_per_task=2)
             ref = PolicyRef(name, "expert")
-            sweep.run_sweep(out, fake_suite(), [ref], config, workers=1, load_policy=lambda *_, p=policy, **__: p)
+            sweep.run_sweep(out, fake_suite(), [ref], config, load_policy=lambda *_, p=policy, **__: p)
             score_folder(out, get_judge("rubric"))
             say_in_scores(f"{out}/{SCORES}", EVIL)
     write_report([str(folder)], str(folder / "report"))

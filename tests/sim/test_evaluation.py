@@ -44,7 +44,7 @@ def test_a_sweep_killed_with_force_resumes_to_the_same_table(tmp_path):
     os.killpg(victim.pid, signal.SIGKILL)
     victim.wait()
     kept = {p.name: p.stat().st_mtime_ns for p in (tmp_path / "killed" / "parts").glob("*.parquet")}
-    assert 0 < len(kept) < 4
+    assert 0 < len(kept) < 40
     assert not (tmp_path / "killed" / "manifest.json").exists()
 
     assert evaluate(tmp_path / "killed", "--workers", "1").wait(PATIENCE_S) == 0

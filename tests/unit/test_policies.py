@@ -7,6 +7,7 @@ from eval_fakes import NAMES, FakeEnv, FakePolicy, fake_suite
 
 from dualvla.errors import CheckpointError, UsageError
 from dualvla_eval import policies
+from dualvla_eval.asking import Batched
 from dualvla_eval.policies import Ablated, PolicyRef, parse_policy
 from dualvla_eval.rollout import run_episodes
 
@@ -98,7 +99,7 @@ class Watching(FakePolicy):
 
 def test_blank_images_are_grey_and_nothing_else_changes():
     watching = Watching()
-    results = roll(Ablated(watching, "blank-images", 0))
+    results = roll(Ablated(Batched(watching), "blank-images", 0))
     assert all(r.success for r in results)  # the fake policy does not look
     assert all((o.images["main"] == 128).all() for o in watching.seen)
     assert {o.instruction for o in watching.seen} == {r.instruction for r in results}
@@ -106,7 +107,7 @@ def test_blank_images_are_grey_and_nothing_else_changes():
 
 def test_another_instruction_names_another_object_of_the_scene():
     watching = Watching()
-    results = roll(Ablated(watching, "other-instruction", 0), EPISODES[:1])
+    results = roll(Ablated(Batched(watching), "other-instruction", 0), EPISODES[:1])
     (told,) = {o.instruction for o in watching.seen}
     target = results[0].steps[0].state["target"]
     assert told != results[0].instruction

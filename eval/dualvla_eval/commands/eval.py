@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import argparse
 import os
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
 
 from dualvla.cli import Command
 from dualvla_cluster.resources import add_profile, apply_profile
+
+if TYPE_CHECKING:
+    from dualvla_eval.policies import PolicyRef
 
 _ABLATIONS = ("none", "blank-images", "other-instruction")
 
@@ -19,8 +22,8 @@ def _configure(parser: argparse.ArgumentParser) -> None:
         action="append",
         required=True,
         metavar="[NAME=]SOURCE",
-        help="a checkpoint folder, expert, random, expert-random-object, or ws://host:port; may be given several "
-        "times. NAME is what the results call it (default: the folder's name)",
+        help="a checkpoint folder, expert, random, expert-random-object, ws://host:port or serve:APP; may be given "
+        "several times. NAME is what the results call it (default: the folder's name)",
     )
     parser.add_argument(
         "--suite",
@@ -32,22 +35,59 @@ def _configure(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--out", required=True, metavar="DIR", help="the evaluation folder; resumes what is there")
     parser.add_argument("--tasks", metavar="A,B", help="tasks to evaluate (default: all of the suite)")
+    parser.add_argument("--variants", metavar="A,B", help="variants of the tasks (default: all of the suite)")
     parser.add_argument(
         "--episodes",
         default="",
         metavar="N | TASK=N,...",
-        help="numbered episodes per task (default: what the suite fixes)",
+        help="numbered episodes per task and variant (default: what the suite fixes)",
     )
-    parser.add_argument("--workers", type=int, default=os.cpu_count() or 1, help="worker processes; changes no outcome")
+    parser.add_argument(
+        "--workers", type=int, default=os.cpu_count() or 1, help="simulator processes, at most; changes no outcome"
+    )
     add_profile(parser)
-    parser.add_argument("--envs-per-worker", type=int, default=5, help="environments that share one forward pass")
+    parser.add_argument(
+        "--envs-per-worker",
+        type=int,
+        default=4,
+        help="episodes in flight in each: some simulate while others wait for a policy; changes no outcome",
+    )
+    parser.add_argument(
+        "--hosts",
+        type=int,
+        help="processes that hold checkpoints (default: one a GPU; without a GPU as many as workers, on a cluster one)",
+    )
+    parser.add_argument(
+        "--max-batch",
+        type=int,
+        metavar="N",
+        help="observations in one forward pass, as they come; a network's last bits depend on its batch, so that only "
+        "1 repeats to the bit (default: 1 on a CPU, 16 on a GPU)",
+    )
     parser.add_argument(
         "--videos",
         default="2",
-        metavar="N | all",
-        help="film that many of the first episodes of each task; a model judge sees filmed episodes only",
+        metavar="N | all | failures",
+        help="film that many of the first episodes of each task, all, or all and keep those that were not solved; a "
+        "model judge sees filmed episodes only",
     )
     parser.add_argument("--seed", type=int, default=0, help="seed of the policies' randomness, never of the episodes")
+    parser.add_argument("--seeds", metavar="A,B", help="several of them: every episode is run with each")
+    parser.add_argument(
+        "--convention",
+        action="append",
+        default=[],
+        metavar="NAME=VALUE",
+        help="how replies become actions, recorded in the results: termination=first_success|original, "
+        "sticky_gripper=STEPS, ensemble=PREDICTIONS, proprioception=given|withheld (docs/evaluation.md)",
+    )
+    parser.add_argument(
+        "--step-limit", type=float, default=120.0, metavar="S", help="seconds for one reply, or one simulated step"
+    )
+    parser.add_argument("--episode-limit", type=float, default=1800.0, metavar="S", help="seconds for an episode")
+    parser.add_argument(
+        "--patience", type=float, default=60.0, metavar="S", help="seconds for which an endpoint may be away"
+    )
     parser.add_argument(
         "--ablation",
         choices=_ABLATIONS,
@@ -67,8 +107,9 @@ def _run(arguments: argparse.Namespace) -> dict[str, Any]:
     from dualvla_eval import policies
 
     apply_profile(arguments, "eval")
-    for option in ("workers", "envs_per_worker"):
-        if getattr(arguments, option) < 1:
+    for option in ("workers", "envs_per_worker", "hosts", "max_batch"):
+        value = getattr(arguments, option)
+        if value is not None and value < 1:
             raise UsageError(f"--{option.replace('_', '-')} must be 1 or more.", "leave it out for the default")
     refs = [policies.parse_policy(text, arguments.ablation) for text in arguments.policy]
     asks = [suite.startswith("qa:") for suite in arguments.suite]
@@ -81,31 +122,37 @@ def _run(arguments: argparse.Namespace) -> dict[str, Any]:
             f"Suites {', '.join(arguments.suite)} in one call.", "several suites of questions, or one of rollouts"
         )
     else:
-        from dualvla_eval.suites import get_suite
-        from dualvla_eval.sweep import SweepConfig, parse_tasks, run_sweep
-
-        suite = get_suite(arguments.suite[0])
-        tasks = parse_tasks(suite, arguments.tasks, arguments.episodes)
-        config = SweepConfig(
-            tasks=tasks,
-            seed=arguments.seed,
-            reasoning=arguments.reasoning,
-            envs_per_worker=arguments.envs_per_worker,
-            videos_per_task=_videos(arguments.videos, max(tasks.values())),
-        )
-        summary = run_sweep(arguments.out, suite, refs, config, workers=arguments.workers)
+        summary = _roll_out(arguments, refs)
     return {"ok": True, "out": arguments.out, **summary}
 
 
-def _videos(text: str, episodes: int) -> int:
-    """Raises: UsageError."""
-    from dualvla.errors import UsageError
+def _roll_out(arguments: argparse.Namespace, refs: Sequence[PolicyRef]) -> dict[str, Any]:
+    from dualvla_eval.conventions import Conventions, parse
+    from dualvla_eval.rollout import Limits
+    from dualvla_eval.suites import get_suite
+    from dualvla_eval.sweep import Machinery, SweepConfig, parse_seeds, parse_tasks, parse_videos, run_sweep
 
-    if text == "all":
-        return episodes
-    if not text.isdecimal():
-        raise UsageError(f"--videos '{text}' is no number of episodes.", "write --videos 2, or --videos all")
-    return int(text)
+    suite = get_suite(arguments.suite[0])
+    tasks = parse_tasks(suite, arguments.tasks, arguments.episodes)
+    films, only_failures = parse_videos(arguments.videos, tasks)
+    config = SweepConfig(
+        tasks=tasks,
+        variants=tuple(arguments.variants.split(",")) if arguments.variants else None,
+        seeds=parse_seeds(arguments.seeds) if arguments.seeds else (arguments.seed,),
+        reasoning=arguments.reasoning,
+        conventions=parse(Conventions(**suite.default_conventions), arguments.convention),
+        max_batch=arguments.max_batch,
+        videos_per_task=films,
+        only_failures=only_failures,
+    )
+    machinery = Machinery(
+        workers=arguments.workers,
+        envs_per_worker=arguments.envs_per_worker,
+        hosts=arguments.hosts,
+        limits=Limits(arguments.step_limit, arguments.episode_limit),
+        patience_s=arguments.patience,
+    )
+    return run_sweep(arguments.out, suite, refs, config, machinery=machinery)
 
 
 def _render(result: Mapping[str, Any]) -> str:
@@ -117,7 +164,47 @@ def _render(result: Mapping[str, Any]) -> str:
         for task, t in of_policy["tasks"].items()
     ]
     title = f"Suite {result['suite']} (95 % intervals)" + (", unchanged" if result["skipped"] else "")
-    return f"{table(title, ['policy', 'task', 'solved', 'rate', 'interval'], rows)}\n{result['out']}"
+    parts = [table(title, ["policy", "task", "solved", "rate", "interval"], rows)]
+    if result.get("paired"):
+        parts.append(_paired(result["paired"]))
+    if result.get("reference"):
+        parts.append(_reference(result["reference"]))
+    substituted = result.get("assets", {}).get("substituted")
+    if substituted:
+        parts.append(f"with substituted assets, so not comparable: {', '.join(substituted)}")
+    return "\n".join([*parts, result["out"]])
+
+
+def _paired(pairs: Sequence[Mapping[str, Any]]) -> str:
+    from dualvla.console import table
+
+    rows = [
+        [
+            f"{p['a']} - {p['b']}",
+            str(p["episodes"]),
+            f"{p['only_a']} / {p['only_b']}",
+            f"{p['difference']:+.1%}",
+            f"{p['low']:+.1%} .. {p['high']:+.1%}",
+            f"{p['p']:.2g}",
+            f"{p['p_holm']:.2g}",
+        ]
+        for p in pairs
+    ]
+    header = ["pair", "episodes", "only one solved", "difference", "interval", "McNemar p", "p (Holm)"]
+    return table("The same episodes, two policies", header, rows)
+
+
+def _reference(reference: Mapping[str, Any]) -> str:
+    from dualvla.console import table
+
+    cells = reference["cells"]
+    rows = [[f"{name} (here)", *(_percent(of.get(cell)) for cell in cells)] for name, of in reference["ours"].items()]
+    rows += [[row["model"], *(_percent(row["values"].get(cell)) for cell in cells)] for row in reference["published"]]
+    return table("Success in percent, ours above the published rows", ["policy", *cells], rows)
+
+
+def _percent(value: float | None) -> str:
+    return "-" if value is None else f"{value:.1f}"
 
 
 COMMAND = Command("roll out policies on a suite, or ask the questions of a data set", _configure, _run, _render)

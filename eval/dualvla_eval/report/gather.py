@@ -298,7 +298,7 @@ def _add_evaluations(found: Gathered, folders: Sequence[tuple[str, Mapping[str, 
 
 def _unique(row: Mapping[str, Any], taken: Counter[str]) -> str:
     """A readable id that names no other folder and no other episode of the report."""
-    name = results.stem(row["policy"], row["task"], row["variant"], row["episode_id"])
+    name = results.row_stem(row)
     name = re.sub(r"[^A-Za-z0-9_+-]+", "-", name)
     taken[name] += 1
     return name if taken[name] == 1 else _unique({**row, "policy": f"{row['policy']}~{taken[name]}"}, taken)

@@ -16,6 +16,7 @@ from dualvla_eval.report import judge_checks, leaderboard, plots, published, tra
 from dualvla_eval.report.gather import Answers, Episode, Gathered, PolicyResult
 from dualvla_eval.report.leaderboard import PART_NAMES, PARTS, Palette
 from dualvla_eval.report.tables import Column, Number, Row, Table, number, span, text
+from dualvla_eval.rollout import STOP_REASONS
 from dualvla_eval.videos import FRAME_PX
 
 _EXAMPLES = 12  # answers shown per policy
@@ -254,7 +255,7 @@ def _task_table(
 # How an episode ended -> the class that colours it. Every fault of a policy is one kind.
 _KINDS = {
     "success": "good", "failure": "bad", "step_limit": "late",
-    **{f"policy_{k}": "fault" for k in ("empty", "shape", "nan", "mismatch", "error")}, "crashed": "fault",
+    **dict.fromkeys(STOP_REASONS[3:], "fault"),
 }  # fmt: skip
 
 

@@ -7,15 +7,12 @@ that of its data), never from its name. Knows what was gathered; nothing of HTML
 from __future__ import annotations
 
 import dataclasses
-import json
 from collections.abc import Mapping, Sequence
-from functools import cache
-from importlib import resources
-from typing import Any
 
 import numpy as np
 
 from dualvla_eval import statistics
+from dualvla_eval.reference import SUITES, cell_of, published
 from dualvla_eval.report.gather import Answers, Checkpoint, Gathered, PolicyResult, Pruned
 from dualvla_eval.report.leaderboard import (
     PARTS,
@@ -28,12 +25,6 @@ from dualvla_eval.report.leaderboard import (
 )
 from dualvla_eval.report.tables import Column, Number, Row, Table, interval, number
 
-# A cell of Table 2 -> the suite it is run on, and the word its tasks are known by there.
-_CELLS = {
-    f"gr_{key}_{kind}": (f"simpler-google-{kind}", word)
-    for kind in ("vm", "va")
-    for key, word in (("drawer", "drawer"), ("coke", "coke"), ("near", "near"), ("apple", "apple"))
-} | {f"wx_{word}": ("simpler-widowx", word) for word in ("spoon", "carrot", "stack", "eggplant")}
 _CELL_NAMES = {
     "gr_drawer": "drawer", "gr_coke": "pick can", "gr_near": "move near", "gr_apple": "apple in drawer",
     "wx_spoon": "spoon", "wx_carrot": "carrot", "wx_stack": "stack", "wx_eggplant": "eggplant",
@@ -62,12 +53,6 @@ _BY_MODE = {
     "scene": "no_action_label",
     "action": "no_scene_label",
 }
-
-
-@cache
-def published() -> Mapping[str, Any]:
-    """The figures as printed in the cited papers, with their sources."""
-    return json.loads(resources.files("dualvla_eval.report").joinpath("published_results.json").read_text("utf-8"))
 
 
 # --- Table 2: SimplerEnv by cell --------------------------------------------------------------------------------------
@@ -118,9 +103,14 @@ def _by_label(found: Gathered) -> dict[str, list[PolicyResult]]:
 
 
 def _cell(results: Sequence[PolicyResult], cell: str) -> Number | None:
-    """Over all episodes of the cell's tasks (both drawer tasks, every variant)."""
-    suite, word = _CELLS[cell]
-    found = [e for p in results if p.suite == suite for e in p.episodes if word in e.row["task"]]
+    """Over all episodes of the cell's tasks, without the variants that only test robustness."""
+    found = [
+        e
+        for p in results
+        for e in p.episodes
+        if cell_of(p.suite, e.row["task"]) == cell
+        and e.row["variant"] not in p.evaluation.summary.get("robustness_variants", ())
+    ]
     if not found:
         return None
     return interval(statistics.wilson(sum(e.row["success"] for e in found), len(found)).to_dict())
@@ -191,7 +181,7 @@ def ablations(found: Gathered, palette: Palette) -> list[Table]:
         for label, results in _by_label(found).items()
         if (setting := setting_of(results[0].source_digest, found.checkpoints, found.pruned))
     }
-    suites = [s for s in found.suites if s not in {suite for suite, _ in _CELLS.values()}]
+    suites = [s for s in found.suites if s not in SUITES]
     answers = {a.name: a for a in found.answers}
     columns = (
         Column("setting", "setting", "text"),

@@ -58,7 +58,7 @@ def rollout_script(episode: Episode) -> str:
     """All that the viewer shows of one episode. Raises: DataError if its trajectory is missing or damaged."""
     about = {"hz": episode.evaluation.control_hz, "judge": episode.evaluation.judge, "score": _score(episode)}
     url = results.trajectory_url(episode.evaluation.folder, episode.row)
-    steps = [] if episode.row["stop_reason"] == "crashed" else dataset.read_table(url, _COLUMNS).to_pylist()
+    steps = dataset.read_table(url, _COLUMNS).to_pylist() if results.has_trajectory(episode.row) else []
     return f"report.rollout({_json(episode.id)},{_json({**about, **_steps(steps)})});\n"
 
 
