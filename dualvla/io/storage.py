@@ -301,6 +301,16 @@ def size_bytes(url: str | os.PathLike[str]) -> int:
         return int(_ask(url, lambda: fs.info(path))["size"])
 
 
+def modified_s(url: str | os.PathLike[str]) -> float:
+    """When a file was last written, in seconds since the epoch. Raises: DataError if there is no such file."""
+    url = os.fspath(url)
+    with _reading(url):
+        if is_local(url):
+            return Path(url).stat().st_mtime
+        fs, path = _filesystem(url)
+        return float(_ask(url, lambda: fs.modified(path)).timestamp())
+
+
 def remove(url: str | os.PathLike[str]) -> None:
     """Removes one file; nothing happens if there is none. Locally also the folder it leaves empty."""
     url = os.fspath(url)

@@ -75,7 +75,11 @@ def run(
             results[stage.name] = call(stage.command, stage.argv)
             seconds = time.perf_counter() - started
         if not results[stage.name].get("skipped"):
-            record["stages"][stage.name] = {"wall_s": round(seconds, 1), "peak_pss_mb": round(peak_mb())}
+            record["stages"][stage.name] = {
+                "wall_s": round(seconds, 1),
+                "peak_pss_mb": round(peak_mb()),
+                **_price(stage.command, seconds, profile),
+            }
             storage.write_bytes(url, json.dumps(record, indent=2).encode())
             log.info("[%d/%d] %s: %.0f s, at most %.0f MB", number, len(plan), stage.name, seconds, peak_mb())
     record |= {
@@ -91,6 +95,21 @@ def run(
     if not finished:
         manifest.finish(out, KIND, key, {}, stages=[stage.name for stage in plan])
     return {**record, "skipped": finished}
+
+
+def _price(command: str, seconds: float, profile: str | None) -> dict[str, float]:
+    """What the stage's machines cost while it ran, by the profile's prices. Others than the profile's are free."""
+    machines = get_profile(profile) if profile is not None else None
+    if machines is None or command not in machines.stages:
+        return {}
+    return {"usd": round(seconds / 3600 * machines.usd_per_hour(command), 4)}
+
+
+def costs(out: str) -> dict[str, float]:
+    """What the run in `out` has taken so far: wall time of its stages, and dollars where it had a profile."""
+    url = storage.join(out, RESULTS)
+    done = json.loads(storage.read_bytes(url))["stages"].values() if storage.exists(url) else ()
+    return {name: round(sum(stage.get(name, 0.0) for stage in done), 2) for name in ("wall_s", "usd")}
 
 
 def dry_run(recipe: str, assignments: Sequence[str], profile: str) -> dict[str, Any]:
