@@ -9,14 +9,18 @@ The package behind it is imported when it is named, and only then. Knows nothing
 
 from __future__ import annotations
 
+import abc
 import importlib
 import math
 import re
+import tempfile
 from collections.abc import Mapping
+from pathlib import Path
 from types import ModuleType, TracebackType
 from typing import Any, Protocol, Self
 
 from dualvla.errors import PlatformError, UsageError, did_you_mean
+from dualvla.io import storage
 
 _NOT_IN_MLFLOW = re.compile(r"[^\w .:/-]")  # of a metric's name
 
@@ -25,6 +29,10 @@ class Tracker(Protocol):
     """Takes figures until it is closed; a context manager. Figures that are not finite are left out."""
 
     def log(self, figures: Mapping[str, float], step: int = 0) -> None: ...
+
+    def flush(self) -> None:
+        """What was logged so far can be seen."""
+        ...
 
     def close(self) -> None: ...
 
@@ -35,20 +43,32 @@ class Tracker(Protocol):
     ) -> None: ...
 
 
-def open_tracker(setting: str, run: str) -> Tracker:
+def open_tracker(setting: str, run: str, first: int = 0) -> Tracker:
     """The tracker that `setting` names, for figures of the run called `run`.
 
+    first: the step it goes on from; TensorBoard forgets later ones of an interrupted run, the others start a new run.
     Raises: UsageError for a setting that is none; PlatformError naming the package to install.
     """
+    kind, target = _parse(setting)
+    return _TRACKERS[kind](target, run, first)
+
+
+def check_tracker(setting: str) -> None:
+    """Raises what `open_tracker` would, without opening it."""
+    kind, _ = _parse(setting)
+    _load(*_PACKAGES[kind])
+
+
+def _parse(setting: str) -> tuple[str, str]:
     kind, sign, target = setting.partition(":")
     if kind not in _TRACKERS:
         raise UsageError(f"Unknown tracker '{kind}'.", did_you_mean(kind, _TRACKERS))
     if not sign or not target:
         raise UsageError(f"'{setting}' does not say where to.", f"write {kind}:{_WHERE[kind]}")
-    return _TRACKERS[kind](target, run)
+    return kind, target
 
 
-class _Tracker:
+class _Tracker(abc.ABC):
     """What all trackers share: closing, and dropping what none of them can draw."""
 
     def log(self, figures: Mapping[str, float], step: int = 0) -> None:
@@ -56,11 +76,14 @@ class _Tracker:
         if finite:
             self._log(finite, step)
 
-    def _log(self, figures: Mapping[str, float], step: int) -> None:
-        raise NotImplementedError
+    @abc.abstractmethod
+    def _log(self, figures: Mapping[str, float], step: int) -> None: ...
 
-    def close(self) -> None:
-        raise NotImplementedError
+    def flush(self) -> None:  # noqa: B027  # most have nothing to do
+        pass
+
+    @abc.abstractmethod
+    def close(self) -> None: ...
 
     def __enter__(self) -> Self:
         return self
@@ -72,25 +95,37 @@ class _Tracker:
 
 
 class TensorBoard(_Tracker):
-    """Event files in FOLDER/RUN."""
+    """Event files in FOLDER/RUN; for an object store they are written here, and copied at every `flush`."""
 
-    def __init__(self, folder: str, run: str):
-        module = _load("tensorboardX", "dualvla[track]")
-        self._writer = module.SummaryWriter(f"{folder.rstrip('/')}/{run}")
+    def __init__(self, folder: str, run: str, first: int):
+        module = _load(*_PACKAGES["tensorboard"])
+        self._url = storage.join(folder, run)
+        self._scratch = None if storage.is_local(folder) else tempfile.TemporaryDirectory(prefix="dualvla-")
+        here = self._url if self._scratch is None else self._scratch.name
+        self._writer = module.SummaryWriter(here, purge_step=first or None)
 
     def _log(self, figures: Mapping[str, float], step: int) -> None:
         for name, value in figures.items():
             self._writer.add_scalar(name, value, step)
 
+    def flush(self) -> None:
+        self._writer.flush()
+        if self._scratch is not None:
+            for file in Path(self._scratch.name).iterdir():
+                storage.upload(file, storage.join(self._url, file.name))
+
     def close(self) -> None:
         self._writer.close()
+        self.flush()
+        if self._scratch is not None:
+            self._scratch.cleanup()
 
 
 class Wandb(_Tracker):
     """A run of a Weights & Biases project; WANDB_MODE=offline keeps it on this machine."""
 
-    def __init__(self, project: str, run: str):
-        self._run = _load("wandb", "wandb").init(project=project, name=run, reinit="create_new")
+    def __init__(self, project: str, run: str, first: int):
+        self._run = _load(*_PACKAGES["wandb"]).init(project=project, name=run, reinit="create_new")
 
     def _log(self, figures: Mapping[str, float], step: int) -> None:
         self._run.log(dict(figures), step=step)
@@ -104,8 +139,8 @@ class MLflow(_Tracker):
 
     _EXPERIMENT = "dualvla"
 
-    def __init__(self, uri: str, run: str):
-        tracking = _load("mlflow.tracking", "mlflow")
+    def __init__(self, uri: str, run: str, first: int):
+        tracking = _load(*_PACKAGES["mlflow"])
         self._client = tracking.MlflowClient(tracking_uri=uri)
         found = self._client.get_experiment_by_name(self._EXPERIMENT)
         experiment: Any = found.experiment_id if found else self._client.create_experiment(self._EXPERIMENT)
@@ -123,6 +158,11 @@ _TRACKERS: dict[str, type[TensorBoard] | type[Wandb] | type[MLflow]] = {
     "tensorboard": TensorBoard,
     "wandb": Wandb,
     "mlflow": MLflow,
+}
+_PACKAGES = {  # module, and what to install
+    "tensorboard": ("tensorboardX", "dualvla[track]"),
+    "wandb": ("wandb", "wandb"),
+    "mlflow": ("mlflow.tracking", "mlflow"),
 }
 _WHERE = {"tensorboard": "FOLDER", "wandb": "PROJECT", "mlflow": "URI"}
 

@@ -5,9 +5,13 @@ Knows nothing of what the loop does but that it appends a line to `metrics.jsonl
 
 from __future__ import annotations
 
+import contextlib
 import logging
+import math
 import os
+import tempfile
 import threading
+import time
 from pathlib import Path
 
 import ray
@@ -16,16 +20,19 @@ from ray.train.torch import TorchConfig, TorchTrainer
 from ray.train.v2._internal.callbacks.placement_group_callback import PlacementGroupCleanerCallback
 
 from dualvla import console
-from dualvla.errors import DualVLAError, TrainingError
+from dualvla.errors import DataError, DualVLAError, StorageError, TrainingError
+from dualvla.io import storage
 from dualvla_cluster.connect import connect
 from dualvla_cluster.resources import reservation
 from dualvla_pipelines import trainer
-from dualvla_pipelines.trainer import METRICS, TrainJob
+from dualvla_pipelines.record import METRICS
+from dualvla_pipelines.trainer import TrainJob
 
 log = logging.getLogger(__name__)
 
 _MAX_RESTARTS = 2
 _POLL_S = 0.25
+_REMOTE_POLL_S = 5.0
 
 
 def run(job: TrainJob, workers: int, gpus: float | None = None) -> None:
@@ -80,7 +87,7 @@ def _fit_with_progress(job: TrainJob, workers: int, gpus: float) -> None:
 
 
 def _watch(thread: threading.Thread, job: TrainJob) -> None:
-    lines, seen = _LineCount(Path(job.out, METRICS)), 0
+    lines, seen = (_LineCount(Path(job.out, METRICS)) if storage.is_local(job.out) else _RemoteLineCount(job.out)), 0
     with console.progress(f"train {job.stage}", job.last_step) as advance:
         thread.start()
         while thread.is_alive():
@@ -112,6 +119,21 @@ class _LineCount:
         return self._count
 
 
+class _RemoteLineCount:
+    """The same in an object store, asked now and then; while it does not answer, the last number."""
+
+    def __init__(self, out: str):
+        self._url = storage.join(out, METRICS)
+        self._asked_s, self._count = -math.inf, 0
+
+    def now(self) -> int:
+        if time.monotonic() - self._asked_s > _REMOTE_POLL_S:
+            with contextlib.suppress(DataError, StorageError):
+                self._count = storage.read_bytes(self._url).count(b"\n")
+            self._asked_s = time.monotonic()
+        return self._count
+
+
 def _fit(job: TrainJob, workers: int, gpus: float) -> None:
     # Fractional logical CPUs: with whole ones, as many workers as cores starve all else and hang without an error.
     share = reservation("train", cpus=0.5, gpus=gpus)
@@ -123,11 +145,18 @@ def _fit(job: TrainJob, workers: int, gpus: float) -> None:
         torch_config=TorchConfig(backend="nccl" if gpus else "gloo"),
         scaling_config=ScalingConfig(num_workers=workers, use_gpu=gpus > 0, resources_per_worker=resources),
         run_config=RunConfig(
-            storage_path=os.path.join(job.out, "resume", "ray"),
+            storage_path=_ray_folder(job),
             name=job.stage,
             logging_config=LoggingConfig(log_level="CRITICAL"),  # errors are raised, and shown once
         ),
     ).fit()
+
+
+def _ray_folder(job: TrainJob) -> str:
+    """Ray Train wants a folder for checkpoints, of which we give it none: nothing but a marker comes to lie there."""
+    if storage.is_local(job.out):
+        return os.path.join(job.out, "resume", "ray")
+    return os.path.join(tempfile.gettempdir(), "dualvla-ray-train")
 
 
 class _Trainer(TorchTrainer):

@@ -23,6 +23,7 @@ from dualvla.models import tower
 from dualvla.models.config import ModelConfig
 from dualvla.models.stages import apply_stage, prepare
 from dualvla.models.vla import VLA
+from dualvla_pipelines.flops import Arithmetic, image_tokens, patch_size
 from dualvla_pipelines.recipes import Stage, TrainConfig, get_recipe
 from dualvla_pipelines.zero import bucket_elements
 
@@ -107,27 +108,11 @@ def activation_bytes(model: VLA, config: TrainConfig) -> float:
     return layers + words + _vision_bytes(model, number) + _expert_bytes(model, number)
 
 
-def image_tokens(model: VLA) -> int:
-    """Of all cameras. An upper bound for classes that merge tokens in a way of their own."""
-    hf, cameras = model.backbone.hf.config, len(model.config.cameras)
-    vision, side = hf.vision_config, model.backbone.image_size // _patch(hf.vision_config)
-    fixed = getattr(hf, "mm_tokens_per_image", None)
-    if fixed is not None:
-        return cameras * fixed
-    merge = getattr(hf, "scale_factor", None) or getattr(vision, "spatial_merge_size", None) or 1
-    merge = 1 / hf.downsample_ratio if getattr(hf, "downsample_ratio", None) else merge
-    return cameras * int((side // merge) ** 2)
-
-
-def _patch(vision: Any) -> int:
-    return vision.patch_size if isinstance(vision.patch_size, int) else vision.patch_size[0]
-
-
 def _vision_bytes(model: VLA, number: int) -> float:
     vision = model.backbone.hf.config.vision_config
     if not any(p.requires_grad for p in model.backbone.hf.model.parameters() if p.dim() == 4):
         return 0.0  # a frozen tower keeps nothing
-    patches = len(model.config.cameras) * (model.backbone.image_size // _patch(vision)) ** 2
+    patches = len(model.config.cameras) * (model.backbone.image_size // patch_size(model)) ** 2
     width, layers = vision.hidden_size, vision.num_hidden_layers
     inner = getattr(vision, "intermediate_size", None) or 4 * width
     return number * patches * layers * (7 * width + 2 * inner + 2 * vision.num_attention_heads * patches)
@@ -170,10 +155,12 @@ def plan(
     sample = activation_bytes(model, config)
     free = gpu_memory_gb * GB - _RESERVED - sum(state.values())
     batch = max(0, int(free // sample))
-    tokens = image_tokens(model) + _PROMPT_TOKENS + model.config.max_text_tokens + model.config.num_queries
-    flops: float = 2 * tokens * (2 * found.total + found.trained)  # forward, and backward through all to what trains
+    texts = model.config.max_text_tokens
+    tokens = image_tokens(model) + _PROMPT_TOKENS + texts + model.config.num_queries
+    arithmetic = Arithmetic.of(model)
+    flops = arithmetic.training(1, tokens, texts + 1)
     flops *= _RECOMPUTED if model.config.gradient_checkpointing else 1.0
-    flops += 2 * tokens * found.total if online else 0
+    flops += arithmetic.forward(1, tokens, texts + 1) if online and config.taught else 0.0
     settings = CacheSettings()
     vocab_size = model.backbone.vocab_size
     kept = min(settings.top_k, vocab_size - 1)

@@ -66,7 +66,8 @@ class TrainConfig:
     whether a step whose loss or gradient is not finite ends training (its batch saved) or is left out, and counted.
     bucket_batches: samples are sorted by length among this many batches, so that those of a batch are about as long
     (less padding); 0: not at all. conflict_every: steps between two looks at how the gradients
-    of acting and reasoning get along (`conflict.py`; costs about six plain steps); 0: never.
+    of acting and reasoning get along (`conflict.py`; costs about six plain steps); 0: never. peak_tflops: of one
+    worker's device in the recipe's dtype, for MFU; 0: what a large matrix product reaches, measured at the start.
     """
 
     steps: int = 1000
@@ -87,6 +88,7 @@ class TrainConfig:
     on_bad_loss: Literal["stop", "skip"] = "stop"
     bucket_batches: int = 0
     conflict_every: int = 0
+    peak_tflops: float = 0.0
     zero: ZeroConfig = field(default_factory=ZeroConfig)
 
     def __post_init__(self) -> None:

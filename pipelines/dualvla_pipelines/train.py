@@ -1,14 +1,14 @@
 """`dualvla train`: checks its inputs, claims the output folder, has the loop run, and finishes the folder.
 
-Workers write straight into the output folder (local, or shared between machines), so a dead driver, a dead worker and
-Ctrl-C all leave the same thing behind: the last resume state, from which the same command goes on.
+Workers write straight into the output folder (an object store, a shared disk, or a local one for one machine), so a
+dead driver, a dead worker and Ctrl-C all leave the same thing behind: the last resume state, from which the same
+command goes on.
 """
 
 from __future__ import annotations
 
 import json
 import os
-import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -16,8 +16,10 @@ from typing import Any
 from dualvla.config import override, to_dict
 from dualvla.errors import UsageError
 from dualvla.io import manifest, storage
+from dualvla.io.tracking import check_tracker
 from dualvla.models.config import ModelConfig
 from dualvla_pipelines.recipes import STAGES, Domain, Stage, TrainConfig, get_recipe
+from dualvla_pipelines.record import METRICS, tracker_settings
 
 KIND = "checkpoint"
 
@@ -37,22 +39,27 @@ def train(
     seed: int = 0,
     assignments: Sequence[str] = (),
     stop_after: int | None = None,
+    track: Sequence[str] | None = None,
 ) -> dict[str, Any]:
     """Trains one stage of a recipe into the checkpoint folder `out`; goes on where an earlier call was interrupted.
 
     workers: ZeRO shards, each a process with `threads` PyTorch threads (default: this machine's cores shared out) and
     `gpus` GPUs (default: one where the cluster has one for each, else none).
-    stop_after: end after this step, resumable. Raises: UsageError, DataError, CheckpointError, OutputError for what the
-    user can mend; TrainingError.
+    stop_after: end after this step, resumable. track: trackers (`dualvla.io.tracking`) that get the figures too;
+    default: TensorBoard's files in `out`/tensorboard; "none": no tracker.
+    Raises: UsageError, DataError, CheckpointError, OutputError, PlatformError for what the user can mend; StorageError;
+    TrainingError.
     """
     chosen = override(get_recipe(recipe), assignments)
     config = chosen.stage(stage)
     config.micro_batches(workers)
     _check_inputs(stage, init, action_teacher, teacher_cache)
-    if not storage.is_local(out):
-        raise UsageError(f"--out '{out}' is not a path.", "train into a local or shared folder")
+    out = _absolute(out)
+    trackers = tracker_settings(track, out)
+    for setting in trackers:
+        check_tracker(setting)
     folders = {"data": data, "init": init, "action_teacher": action_teacher, "teacher_cache": teacher_cache}
-    given = {name: os.path.abspath(folder) for name, folder in folders.items() if folder is not None}
+    given = {name: _absolute(folder) for name, folder in folders.items() if folder is not None}
     for name in given.keys() & {"init", "action_teacher"}:
         manifest.require(given[name], KIND)
     if manifest.read(out) is None:
@@ -60,7 +67,6 @@ def train(
         _check_cache(config, given)
     key = {"stage": stage, "train": to_dict(config), "model": to_dict(chosen.model), "seed": seed}
     inputs = manifest.input_digests(given)
-    out = os.path.abspath(out)
     result = {"stage": stage, "out": out, "steps": config.steps}
     if not manifest.begin(out, KIND, key, inputs):
         return {**result, "skipped": True, "last": _last_metrics(out)}
@@ -76,12 +82,16 @@ def train(
         seed=seed,
         stop_after=stop_after,
         threads=threads or max(1, (os.cpu_count() or 1) // workers),
-        **given,
+        trackers=trackers,
+        data=given["data"],
+        init=given.get("init"),
+        action_teacher=given.get("action_teacher"),
+        teacher_cache=given.get("teacher_cache"),
     )
     launch.run(job, workers, gpus)
     if stop_after is not None and stop_after < config.steps:
         return {**result, "skipped": False, "finished": False, "last": _last_metrics(out)}
-    shutil.rmtree(Path(out, "resume"), ignore_errors=True)
+    storage.remove_tree(storage.join(out, "resume"))
     files = {Path(url).name: manifest.file_digest(url) for url in storage.list_files(out) if _is_output(url)}
     manifest.finish(out, KIND, key, inputs, files=files, steps=config.steps)
     return {**result, "skipped": False, "finished": True, "last": _last_metrics(out)}
@@ -141,7 +151,11 @@ def _is_output(url: str) -> bool:
     return Path(url).name not in (manifest.NAME, manifest.STARTED)
 
 
+def _absolute(folder: str) -> str:
+    return os.path.abspath(folder) if storage.is_local(folder) else folder.rstrip("/")
+
+
 def _last_metrics(out: str) -> dict[str, float] | None:
-    path = Path(out, "metrics.jsonl")
-    lines = path.read_text().splitlines() if path.exists() else []
+    url = storage.join(out, METRICS)
+    lines = storage.read_bytes(url).splitlines() if storage.exists(url) else []
     return json.loads(lines[-1]) if lines else None

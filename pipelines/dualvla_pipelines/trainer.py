@@ -38,16 +38,18 @@ from dualvla.models.checkpoint import load_config, load_model, save_checkpoint
 from dualvla.models.config import ModelConfig, thinking_as_often
 from dualvla.models.processing import Processor, Sample
 from dualvla.models.stages import apply_stage, prepare
-from dualvla.models.vla import VLA, loss_counts
+from dualvla.models.vla import LOSS_TERMS, VLA, loss_counts
 from dualvla_pipelines import resume, zero
 from dualvla_pipelines.conflict import gradient_conflict
 from dualvla_pipelines.fit import check_architecture, check_fit
+from dualvla_pipelines.flops import elements
 from dualvla_pipelines.recipes import Domain, Stage, TrainConfig
+from dualvla_pipelines.record import Record
 from dualvla_pipelines.samples import Sampler, TrainRows
+from dualvla_pipelines.watch import Watch, by_domain
 
 log = logging.getLogger(__name__)
 
-METRICS = "metrics.jsonl"
 _STATE = "state"  # DeepSpeed's folder inside a resume state
 _RESHAPED = ".reshaped"  # a resume state of another number of workers, on its way in
 _NEARLY_FULL_BYTES = 1 << 20
@@ -59,7 +61,7 @@ class TrainJob:
 
     init: the checkpoint that training starts from (the reasoning teacher of the dual stage too). action_teacher: of the
     dual stage. teacher_cache: what both have said, read instead of asking them at every step. stop_after: leave the run
-    resumable after this step. threads: of PyTorch, a worker.
+    resumable after this step. threads: of PyTorch, a worker. trackers: settings of `dualvla.io.tracking`.
     """
 
     stage: Stage
@@ -73,6 +75,7 @@ class TrainJob:
     teacher_cache: str | None = None
     stop_after: int | None = None
     threads: int = 1
+    trackers: tuple[str, ...] = ()
 
     @property
     def last_step(self) -> int:
@@ -103,7 +106,8 @@ def train(job: TrainJob) -> None:
     sampler = make_sampler(job, rows)
 
     first, skipped = (found.saved.step, found.saved.facts.get("skipped", 0)) if found is not None else (0, 0)
-    with _metrics(job, first) as record:
+    watch = Watch(engine.module, job.config, engine.device)
+    with _record(job, first) or contextlib.nullcontext() as record:
         for step in range(first, job.last_step):
             started = time.perf_counter()
             samples = [
@@ -111,7 +115,7 @@ def train(job: TrainJob) -> None:
                 for domain, row in sampler.batch(step)[rank::world]
             ]
             batch = _on(engine.device, _collate(processor, samples, teachers, job.seed, step))
-            metrics = _step(engine, batch, micro_batches, teachers, job, step)
+            metrics, counts = _step(engine, batch, micro_batches, teachers, job, step, watch)
             if math.isfinite(metrics["loss"]) and math.isfinite(metrics["grad_norm"]):
                 averages.update(step)
             elif job.config.on_bad_loss == "stop":
@@ -121,9 +125,12 @@ def train(job: TrainJob) -> None:
                 log.warning("step %d: a loss or gradient is not finite: skipped, %d so far", step + 1, skipped)
             if job.config.on_bad_loss == "skip":
                 metrics["skipped"] = skipped
-            elapsed = time.perf_counter() - started
-            record({"step": step + 1, **metrics, "samples_per_s": round(job.config.batch_size / elapsed, 2)})
+            if record is not None:
+                figures = watch.figures(counts, time.perf_counter() - started)
+                record.add({"step": step + 1, **metrics, **by_domain(metrics, job.config.losses), **figures})
             if (step + 1) % job.config.checkpoint_every == 0 or step + 1 == job.last_step:
+                if record is not None:
+                    record.settle()
                 _save(job, engine, averages, step + 1, skipped)
     if job.last_step == job.config.steps:
         _export(job, engine, averages, processor, model_config, rows)
@@ -192,12 +199,19 @@ def _on(device: torch.device, batch: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def _step(
-    engine: Any, batch: dict[str, Tensor], micro_batches: int, teachers: Teacher | None, job: TrainJob, step: int
-) -> dict[str, float]:
-    """One optimiser step on this worker's samples. Returns the global batch's metrics."""
+    engine: Any,
+    batch: dict[str, Tensor],
+    micro_batches: int,
+    teachers: Teacher | None,
+    job: TrainJob,
+    step: int,
+    watch: Watch,
+) -> tuple[dict[str, float], Tensor]:
+    """One optimiser step on this worker's samples. Returns the global batch's metrics, and its counts of `watch`."""
     parts = _split(batch, micro_batches)
-    counts = loss_counts(batch)
-    dist.all_reduce(counts)
+    summed = torch.cat([loss_counts(batch), watch.counts(batch)])
+    dist.all_reduce(summed)
+    counts, watched = summed[: len(LOSS_TERMS)], summed[len(LOSS_TERMS) :]
     counts /= dist.get_world_size() * micro_batches
     conflict: dict[str, float] = {}
     if job.config.conflict_every and step % job.config.conflict_every == 0:
@@ -219,7 +233,7 @@ def _step(
     values = torch.stack([totals[name] for name in names])
     dist.all_reduce(values)
     metrics = dict(zip(names, (values / dist.get_world_size()).tolist(), strict=True))
-    return metrics | conflict | {"lr": lr, "grad_norm": float(engine.get_global_grad_norm() or 0.0)}
+    return metrics | conflict | {"lr": lr, "grad_norm": float(engine.get_global_grad_norm() or 0.0)}, watched
 
 
 def _give_up(job: TrainJob, step: int, metrics: dict[str, float], batch: dict[str, Tensor], keys: list[int]) -> None:
@@ -240,18 +254,11 @@ def _split(batch: dict[str, Tensor], parts: int) -> list[dict[str, Tensor]]:
     return [{name: tensor[i::parts] for name, tensor in batch.items()} for i in range(parts)]
 
 
-@contextlib.contextmanager
-def _metrics(job: TrainJob, first: int) -> Any:
-    """Yields a function that appends one line to metrics.jsonl; lines of steps that will be repeated are dropped."""
+def _record(job: TrainJob, first: int) -> Record | None:
+    """The first worker's; the others write nothing down."""
     if dist.get_rank() != 0:
-        yield lambda line: None
-        return
-    path = Path(job.out, METRICS)
-    with storage.writing(str(path)):
-        kept = path.read_text().splitlines(keepends=True)[:first] if path.exists() else []
-        storage.write_bytes(path, "".join(kept).encode())
-        with open(path, "a", buffering=1) as file:
-            yield lambda line: file.write(json.dumps({k: v for k, v in line.items() if math.isfinite(v)}) + "\n")
+        return None
+    return Record(job.out, first, job.trackers, run=os.path.basename(job.out.rstrip("/")))
 
 
 def _resume_root(job: TrainJob) -> str:
@@ -373,7 +380,7 @@ def _export(
     with averages.in_place() if job.config.ema_decay else contextlib.nullcontext():
         state = zero.whole_weights(engine)
     if dist.get_rank() == 0:
-        trained = sum(zero.elements(p) for p in engine.module.parameters() if p.requires_grad)
+        trained = sum(elements(p) for p in engine.module.parameters() if p.requires_grad)
         config = job.config
         facts = {
             "stage": job.stage,

@@ -245,11 +245,6 @@ def _masters(engine: Any) -> list[Tensor]:
     return list(optimizer.single_partition_of_fp32_groups)
 
 
-def elements(parameter: Tensor) -> int:
-    """Of the whole parameter, sharded or not."""
-    return int(getattr(parameter, "ds_numel", parameter.numel()))
-
-
 def whole_weights(engine: Any) -> dict[str, Tensor]:
     """Every parameter (in float32) and persistent buffer, whole, on the CPU of every worker."""
     import deepspeed

@@ -6,13 +6,15 @@ import dataclasses
 import numpy as np
 import pytest
 import torch
+from torch.utils.flop_counter import FlopCounterMode
 from unit import vla_fakes as fakes
 
 from dualvla import cli
 from dualvla.models.config import ModelConfig, tiny_backbone
-from dualvla.models.processing import Sample
+from dualvla.models.processing import IGNORE, Sample
 from dualvla.models.stages import apply_stage, prepare
 from dualvla.models.vla import VLA
+from dualvla_pipelines import flops
 from dualvla_pipelines import plan as planning
 from dualvla_pipelines.recipes import TrainConfig, ZeroConfig
 
@@ -134,3 +136,21 @@ def test_a_billion_parameters_are_planned_without_allocating_them(capsys: pytest
     assert large["parameters"] > 1.4e9
     assert not large["fits"]
     assert "does not fit" in planning.render(large)
+
+
+@pytest.mark.parametrize("stage", ["specialist", "dual"])
+@pytest.mark.parametrize("name", MODELS)
+def test_a_steps_arithmetic_is_what_pytorch_counts(name: str, stage: str) -> None:
+    model, processor = _real(MODELS[name], stage)
+    batch = processor.collate(_samples(model.config, 3), 0, 0)  # type: ignore[attr-defined]
+    with FlopCounterMode(display=False) as forward:
+        loss = model(batch)["loss"]
+    with FlopCounterMode(display=False) as backward:
+        loss.backward()
+    arithmetic = flops.Arithmetic.of(model)
+    fixed = flops.image_tokens(model) + model.config.num_queries + 1
+    tokens = float(batch["instruction_mask"].sum() + batch["text_mask"].sum() + 3 * fixed)
+    texts = float((batch["labels"] != IGNORE).sum())
+    counted = forward.get_total_flops()
+    assert arithmetic.forward(3, tokens, texts) == pytest.approx(counted, rel=0.03)
+    assert arithmetic.training(3, tokens, texts) == pytest.approx(counted + backward.get_total_flops(), rel=0.03)

@@ -15,7 +15,10 @@ from dualvla_eval.report.gather import PRUNING_REPORT, Checkpoint, Gathered, Pru
 from dualvla_eval.report.leaderboard import slug
 from dualvla_eval.report.tables import Column, Number, Row, Table, number
 
-_NO_LOSSES = ("lr", "grad_", "samples_per_s")  # beginnings of names in metrics.jsonl
+# Beginnings of names in metrics.jsonl.
+_NO_LOSSES = (
+    "lr", "grad_", "samples_per_s", "tokens_per_s", "memory_gb", "mfu", "padding", "kept_reasoning", "skipped",
+)  # fmt: skip
 _STEP = "step"
 
 

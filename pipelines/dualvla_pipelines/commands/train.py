@@ -16,7 +16,7 @@ def _configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--stage", required=True, help="specialist, reasoning or dual")
     parser.add_argument("--recipe", required=True, help="which recipe's stage: tiny, tiny-long, debug, or a variant")
     parser.add_argument("--data", required=True, help="data set folder (pruned, for the dual stage)")
-    parser.add_argument("--out", required=True, help="checkpoint folder to make")
+    parser.add_argument("--out", required=True, help="checkpoint folder to make, or a URL such as s3://bucket/run")
     parser.add_argument("--init", help="checkpoint to start from (reasoning, dual)")
     parser.add_argument("--action-teacher", help="the specialist's checkpoint (dual)")
     parser.add_argument("--teacher-cache", metavar="DIR", help="what `dualvla teach` has made of both teachers (dual)")
@@ -28,6 +28,13 @@ def _configure(parser: argparse.ArgumentParser) -> None:
     add_profile(parser)
     parser.add_argument("--seed", type=int, default=0, help="of weights, order of samples and noise")
     parser.add_argument("--stop-after", type=int, metavar="STEP", help="stop after this step, resumable")
+    parser.add_argument(
+        "--track",
+        action="append",
+        metavar="SETTING",
+        help="send the figures of every step to tensorboard:FOLDER, wandb:PROJECT or mlflow:URI, or to none; may be "
+        "repeated (default: tensorboard:OUT/tensorboard)",
+    )
     parser.add_argument(
         "--set", action="append", default=[], metavar="KEY=VALUE", help="change the recipe, as in specialist.steps=100"
     )
@@ -55,6 +62,7 @@ def _run(arguments: argparse.Namespace) -> dict[str, Any]:
         seed=arguments.seed,
         assignments=arguments.set,
         stop_after=arguments.stop_after,
+        track=arguments.track,
     )
 
 
