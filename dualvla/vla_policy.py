@@ -31,13 +31,15 @@ from dualvla.wire.images import fit
 
 @dataclass(frozen=True)
 class PolicyOptions:
-    """reasoning: "auto" (the model decides at every query), "never", or "every:K" (it thinks every K control steps; in
-    between the last text stays in the prompt). noise_scale scales the noise that Euler starts from; 0, its mean, acts
-    most surely: *pick* 72 % against 50 % of 40 episodes with 1. latent_reuse: so many calls act on one latent action;
-    only the first of them runs the backbone. ensemble: so many of the newest chunks are blended where they overlap
-    (1: none; the paper has 7 for WidowX, 2 for Google Robot), weights exp(ensemble_alpha * cosine)."""
+    """reasoning: "auto" (the model decides at every call), "never", or "every:K" (it thinks every K control steps; in
+    between the last text stays in the prompt). think_first: with "auto", a session's first call writes a text whatever
+    the model holds likely. noise_scale scales the noise that Euler starts from; 0, its mean, acts most surely: *pick*
+    72 % against 50 % of 40 episodes with 1. latent_reuse: so many calls act on one latent action; only the first of
+    them runs the backbone. ensemble: so many of the newest chunks are blended where they overlap (1: none; the paper
+    has 7 for WidowX, 2 for Google Robot), weights exp(ensemble_alpha * cosine)."""
 
     reasoning: str = "auto"
+    think_first: bool = True
     noise_scale: float = 0.0
     euler_steps: int | None = None  # None: the checkpoint's
     execute_steps: int | None = None  # None: the checkpoint's
@@ -233,7 +235,7 @@ class VLAPolicy:
         observations, sessions = [observations[i] for i in rows], [sessions[i] for i in rows]
         due = [self._thinks(o, s) for o, s in zip(observations, sessions, strict=True)]
         texts = [self._kept(s) if not d else [] for d, s in zip(due, sessions, strict=True)]
-        generated = self._generate(prefix, texts, self._starts(prefix, due, sessions))
+        generated = self._generate(prefix, texts, self._starts(prefix, due, observations, sessions))
         for i, (observation, session) in enumerate(zip(observations, sessions, strict=True)):
             if due[i]:
                 texts[i] = generated[i]
@@ -272,7 +274,7 @@ class VLAPolicy:
         if every is None:
             return True
         last = self._memories[session].thought
-        return last is None or observation.step - last.step >= every or observation.step < last.step
+        return last is None or observation.step - last.step >= every or self._begins(observation, session)
 
     def _kept(self, session: str) -> list[int]:
         """The text to put back into the prompt between two thoughts."""
@@ -282,12 +284,20 @@ class VLAPolicy:
     def _reasoning(self, session: str) -> str:
         return self._cadences.get(session, self.options.reasoning)
 
-    def _starts(self, prefix: Prefix, due: Sequence[bool], sessions: Sequence[str]) -> list[bool]:
-        """Which of the rows that are due begin a text: with "auto" those where the model holds one likely enough."""
+    def _starts(
+        self, prefix: Prefix, due: Sequence[bool], observations: Sequence[Observation], sessions: Sequence[str]
+    ) -> list[bool]:
+        """Which of the rows that are due begin a text: with "auto" an episode's first call, and those where the model
+        holds one likely enough. An episode without any text has no plan to follow or to be judged by."""
         thinks = 1.0 - prefix.logits.float().softmax(dim=-1)[:, self.processor.act_id]
         likely = [t > self.config.think_above for t in thinks.tolist()]
         every = [reasoning_every(self._reasoning(s)) is not None for s in sessions]
-        return [d and (e or t) for d, e, t in zip(due, every, likely, strict=True)]
+        first = [self.options.think_first and self._begins(o, s) for o, s in zip(observations, sessions, strict=True)]
+        return [d and (e or f or t) for d, e, f, t in zip(due, every, first, likely, strict=True)]
+
+    def _begins(self, observation: Observation, session: str) -> bool:
+        last = self._memories[session].thought
+        return last is None or observation.step < last.step
 
     def _generate(self, prefix: Prefix, given: Sequence[list[int]], speaks: Sequence[bool]) -> list[list[int]]:
         """Greedy tokens until an end token, for the rows that speak; the others read their `given` text.

@@ -78,7 +78,7 @@ def test_it_is_a_policy(trained: tuple[VLA, Processor]) -> None:
 
 def test_cached_decoding_says_what_uncached_decoding_says(trained: tuple[VLA, Processor]) -> None:
     _, processor = trained
-    policy = _policy(trained)
+    policy = _policy(trained, think_first=False)
     lengths = set()
     for seed in range(6):
         observation = _observation(seed)
@@ -137,11 +137,28 @@ def test_it_thinks_where_a_text_is_likelier_than_its_threshold() -> None:
         likely = 1 - model.read_prompt(batch).logits.softmax(dim=-1)[:, processor.act_id]
     threshold = float(likely.sort().values[3:5].mean())
     config = dataclasses.replace(model.config, think_above=threshold)
-    replies = VLAPolicy(model, processor, config).infer(observations, sessions)
+    policy = VLAPolicy(model, processor, config, PolicyOptions(think_first=False))
+    replies = policy.infer(observations, sessions)
     assert [r.keyframe for r in replies] == (likely > threshold).tolist()
     assert 0 < sum(r.keyframe for r in replies) < 8
     forced = VLAPolicy(model, processor, config, PolicyOptions(reasoning="every:1")).infer(observations, sessions)
     assert all(r.keyframe for r in forced)
+
+
+def test_every_episode_begins_with_a_thought_unless_told_otherwise() -> None:
+    """Also one that follows another in the same session; after the first call the model decides."""
+    config = prepare(fakes.config(), "dual")
+    processor = fakes.processor(config)
+    model = VLA.create(config, processor, seed=0).eval()
+    never = dataclasses.replace(model.config, think_above=1.0)
+    for first in (True, False):
+        policy = VLAPolicy(model, processor, never, PolicyOptions(think_first=first))
+        replies = [policy.infer([_observation(0, step=step)], ["s"])[0] for step in (0, 2, 4, 0, 2)]
+        assert [r.keyframe for r in replies] == [first, False, False, first, False]
+        policy.reset("s")
+        assert policy.infer([_observation(0, step=6)], ["s"])[0].keyframe == first
+    silent = VLAPolicy(model, processor, never, PolicyOptions(reasoning="never"))
+    assert not silent.infer([_observation(0)], ["s"])[0].keyframe
 
 
 def test_sessions_do_not_mix(trained: tuple[VLA, Processor]) -> None:
