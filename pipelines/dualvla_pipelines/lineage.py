@@ -141,6 +141,12 @@ def walk(node: Node, depth: int = 0) -> Iterator[tuple[int, Node]]:
         yield from walk(child, depth + 1)
 
 
+def what(node: Node) -> str:
+    if node.record is not None:
+        return describe(node.record)
+    return "raw files" if node.raw else "in none of the roots"
+
+
 def describe(record: Record) -> str:
     """What a person wants to know of it in a few words."""
     facts = record.facts

@@ -43,8 +43,8 @@ class Doomed:
 
 
 def choose(records: Sequence[Record], rules: Retention, now: float | None = None) -> list[Doomed]:
-    """What the rules let go. What a folder that stays was made from stays, whatever its age; but for caches, which can be
-    made again."""
+    """What the rules let go. What a folder that stays was made from stays, whatever its age; not so caches, which can
+    be made again."""
     now = time.time() if now is None else now
     found: dict[str, tuple[Record, str]] = {}
     groups: dict[tuple[str, str], list[Record]] = defaultdict(list)

@@ -73,8 +73,7 @@ def _lineage(arguments: argparse.Namespace) -> dict[str, Any]:
             "depth": depth, "role": node.role, "digest": node.digest,
             "folder": node.record and node.record.folder, "kind": node.record and node.record.kind,
             "code": node.record and node.record.code_version,
-            "what": lineage.describe(node.record) if node.record else "raw files" if node.raw else "in none of the roots",
-            "raw": node.raw,
+            "what": lineage.what(node), "raw": node.raw,
             "damaged": lineage.damaged(node.record) if node.record and arguments.verify else [],
         }
         for depth, node in lineage.walk(lineage.lineage(record, records))
