@@ -1,0 +1,123 @@
+"""Builds an `EpisodeSetup` in a mani_skill scene: stage, objects, lights, camera. Knows no task, no robot."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import sapien
+from mani_skill.sensors.camera import CameraConfig
+from mani_skill.utils.structs import Actor
+from mani_skill.utils.structs.pose import Pose as PoseStruct
+
+from dualvla_eval.simpler.assets import Assets
+from dualvla_eval.simpler.specs import Camera, EpisodeSetup, ObjectSetup, Pose
+
+STAGE = "arena"
+_Y_UP_TO_Z_UP = sapien.Pose(q=[np.sqrt(0.5), np.sqrt(0.5), 0, 0])
+_WHITE_FLOOR_HALF_M = [10, 10, 0.017]
+_OBJECT_MATERIAL = {"static_friction": 0.5, "dynamic_friction": 0.5, "restitution": 0.0}
+_DAMPING = 0.1
+WAITING_M = 20.0  # above their place, where objects that are dropped later wait
+
+
+def to_sapien(pose: Pose) -> sapien.Pose:
+    return sapien.Pose(pose.position, np.asarray(pose.rotation) / np.linalg.norm(pose.rotation))
+
+
+def build_stage(scene: Any, setup: EpisodeSetup, assets: Assets) -> Actor:
+    """The room, or the plain white floor where the setup names none."""
+    builder = scene.create_actor_builder()
+    stage = setup.stage
+    if stage.model is None:
+        white = sapien.render.RenderMaterial(base_color=[1, 1, 1, 1])
+        builder.add_box_visual(half_size=_WHITE_FLOOR_HALF_M, material=white)
+    else:
+        file = assets.path(f"stages/{stage.model}.glb")
+        pose = to_sapien(stage.extra) * _Y_UP_TO_Z_UP
+        builder.add_visual_from_file(file, pose=pose)
+        if stage.collides:
+            builder.add_nonconvex_collision_from_file(file, pose=pose)
+    builder.initial_pose = to_sapien(stage.pose)
+    return builder.build_static(name=STAGE)
+
+
+def build_objects(scene: Any, setups: Sequence[EpisodeSetup], assets: Assets) -> dict[str, Actor]:
+    """The objects of N setups that differ only in their poses, by model."""
+    first = setups[0]
+    densities = assets.models(first.models)
+    objects = {}
+    for i, spec in enumerate(first.objects):
+        density = spec.density if spec.density is not None else densities[spec.model].get("density", 1000)
+        objects[spec.model] = _build_object(scene, spec, density, assets)
+        objects[spec.model].initial_pose = stack_poses([_start(setup.objects[i]) for setup in setups])
+    return objects
+
+
+def _start(spec: ObjectSetup) -> Pose:
+    x, y, z = spec.pose.position
+    return Pose((x, y, z + WAITING_M), spec.pose.rotation) if spec.later else spec.pose
+
+
+def _build_object(scene: Any, spec: ObjectSetup, density: float, assets: Assets) -> Actor:
+    builder = scene.create_actor_builder()
+    scale = [spec.scale] * 3
+    builder.add_multiple_convex_collisions_from_file(
+        assets.path(f"custom/models/{spec.model}/collision.obj"),
+        scale=scale,
+        material=sapien.physx.PhysxMaterial(**_OBJECT_MATERIAL),
+        density=density,
+    )
+    visual = assets.visual(spec.model)
+    if visual is not None:
+        builder.add_visual_from_file(visual, scale=scale)
+    builder.initial_pose = to_sapien(spec.pose)
+    actor = builder.build(name=spec.model)
+    if not spec.later:
+        actor.set_linear_damping(_DAMPING)
+        actor.set_angular_damping(_DAMPING)
+    if spec.locked or spec.later:
+        for body in actor._bodies:
+            body.set_locked_motion_axes([True] * 6)
+    if spec.matte:
+        for entity in actor._objs:
+            _make_matte(entity)
+    return actor
+
+
+def _make_matte(entity: sapien.Entity) -> None:
+    component = entity.find_component_by_type(sapien.render.RenderBodyComponent)
+    for shape in component.render_shapes if component is not None else ():
+        for part in shape.parts:
+            part.material.roughness, part.material.metallic, part.material.specular = 1.0, 0.0, 0.0
+
+
+def stack_poses(poses: Sequence[Pose]) -> PoseStruct:
+    """One pose an environment."""
+    return PoseStruct.create_from_pq(
+        p=np.array([pose.position for pose in poses], dtype=np.float32),
+        q=np.array([np.asarray(pose.rotation) / np.linalg.norm(pose.rotation) for pose in poses], dtype=np.float32),
+    )
+
+
+def add_lights(scene: Any, setup: EpisodeSetup) -> None:
+    scene.set_ambient_light(list(setup.ambient))
+    for light in setup.lights:
+        scene.add_directional_light(list(light.direction), list(light.color), shadow=light.shadow)
+
+
+def camera_config(camera: Camera, mount: Any) -> CameraConfig:
+    """The policy's camera as a mani_skill sensor, on the link `mount`."""
+    fx, (cx, cy) = camera.focal_px, camera.center_px
+    return CameraConfig(
+        camera.name,
+        pose=to_sapien(camera.pose),
+        width=camera.width,
+        height=camera.height,
+        near=camera.near_m,
+        far=camera.far_m,
+        intrinsic=np.array([[fx, 0, cx], [0, fx, cy], [0, 0, 1]]),
+        mount=mount,
+        shader_pack="default",
+    )
