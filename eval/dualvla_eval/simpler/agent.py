@@ -24,10 +24,12 @@ _GLOSS = {"specular": 0.9, "roughness": 0.3}
 
 
 class SimplerAgent(BaseAgent):
-    """urdf_files: version -> file name. tool: the link whose pose is commanded. materials: link -> (friction, radius of
-    the contact patch). collision_groups: link -> the four words of SAPIEN. grasp_sides: the links of each side of the gripper, and the sign
-    of their y axis along which a grasped object pushes them, within grasp_angle_deg. unrotated: the orientation of the
-    tool, in the base frame, that is told as no rotation, so that Euler angles stay small.
+    """urdf_files: version -> file name. tool: the link whose pose is commanded.
+
+    materials: link -> (friction, radius of the contact patch). collision_groups: link -> the four words of SAPIEN.
+    grasp_sides: the links of each side of the gripper, and the sign of their y axis along which a grasped object pushes
+    them, within grasp_angle_deg. unrotated: the orientation of the tool, in the base frame, that is told as no
+    rotation, so that Euler angles stay small.
     """
 
     urdf_files: ClassVar[Mapping[str, str]]

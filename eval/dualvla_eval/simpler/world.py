@@ -28,7 +28,7 @@ class Body:
 
 @dataclass(frozen=True)
 class Contact:
-    """Two shapes that touched in the last substep. impulse [3]: on the first, N s. shapes: their numbers in the bodies."""
+    """Two shapes that touched in the last substep. impulse [3]: on the first, N s. shapes: their number in the body."""
 
     first: Body
     second: Body
