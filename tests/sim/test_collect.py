@@ -161,7 +161,7 @@ def test_a_killed_collect_resumes_to_the_same_bytes(collected, tmp_path, parts_b
     assert (out / "manifest.json").read_bytes() == Path(collected[0], "manifest.json").read_bytes()
 
 
-def test_wrong_numbers_and_names_are_refused():
+def test_wrong_numbers_and_names_are_refused(tmp_path):
     known = ["touch", "pick"]
     assert parse_episodes("5", None, known) == {"touch": 5, "pick": 5}
     assert parse_episodes("touch=2", None, known) == {"touch": 2}
@@ -169,6 +169,6 @@ def test_wrong_numbers_and_names_are_refused():
         with pytest.raises(UsageError):
             parse_episodes(text, None, known)
     with pytest.raises(UsageError, match="did you mean 'touch'"):
-        cli.call("collect", ["--tasks", "tuch", "--episodes", "1", "--out", "unused"])
+        cli.call("collect", ["--tasks", "tuch", "--episodes", "1", "--out", str(tmp_path / "out")])
     with pytest.raises(UsageError, match="less than 1"):
-        cli.call("collect", ["--workers", "0", "--out", "unused"])
+        cli.call("collect", ["--workers", "0", "--out", str(tmp_path / "out")])
