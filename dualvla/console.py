@@ -1,21 +1,63 @@
-"""What a person sees while and after a command runs: progress on stderr, tables on stdout. Knows no method."""
+"""What a person sees while and after a command runs: progress on stderr, tables on stdout. Knows no method.
+
+The same figures go to whoever watches (`watch`), such as the metrics of a cluster. Environment: DUALVLA_LOG=json makes
+every line of the log a JSON object; DUALVLA_RUN names the run in it.
+"""
 
 from __future__ import annotations
 
 import contextlib
+import json
 import logging
+import os
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
+from datetime import UTC, datetime
 
 log = logging.getLogger("dualvla")
 
+RUN_VARIABLE, LOG_VARIABLE = "DUALVLA_RUN", "DUALVLA_LOG"
 _LOG_EVERY_S = 15.0
+_OWN = set(vars(logging.makeLogRecord({}))) | {"message", "asctime"}
+
+Watcher = Callable[[str, str, float], None]
+"""(stage, figure, amount): `remaining` is how many are left now, every other figure is how many more there are."""
+
+_watchers: list[Watcher] = []
+
+
+def watch(watcher: Watcher) -> None:
+    """From now on, tells `watcher` what this process counts. Once is enough."""
+    if watcher not in _watchers:
+        _watchers.append(watcher)
+
+
+def tell(stage: str, figure: str, amount: float) -> None:
+    """`amount` more rows, samples, quarantined rows, retries, ... of a stage."""
+    for watcher in _watchers:
+        watcher(stage, figure, amount)
 
 
 @contextlib.contextmanager
 def progress(description: str, total: int, done: int = 0) -> Iterator[Callable[[int], None]]:
     """A bar on a terminal, a line every 15 s in a log. Call the yielded function with how many more are done."""
+    stage, remaining = description.split()[0], total - done
+    tell(stage, "remaining", remaining)
+    with _shown(description, total, done) as show:
+
+        def advance(n: int) -> None:
+            nonlocal remaining
+            remaining -= n
+            show(n)
+            tell(stage, "done", n)
+            tell(stage, "remaining", remaining)
+
+        yield advance
+
+
+@contextlib.contextmanager
+def _shown(description: str, total: int, done: int = 0) -> Iterator[Callable[[int], None]]:
     if sys.stderr.isatty():
         from rich.console import Console
         from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
@@ -65,5 +107,22 @@ def setup_logging(verbose: bool) -> None:
         datefmt="%H:%M:%S",
         force=True,
     )
+    if os.environ.get(LOG_VARIABLE) == "json":
+        for handler in logging.getLogger().handlers:
+            handler.setFormatter(JsonFormatter())
     for noisy in ("httpx", "httpcore", "urllib3", "fsspec", "s3fs", "aiobotocore", "botocore"):
         logging.getLogger(noisy).setLevel(logging.WARNING)
+
+
+class JsonFormatter(logging.Formatter):
+    """time, level, logger, message, the run if there is one, and whatever was given as `extra`."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        at = datetime.fromtimestamp(record.created, UTC).isoformat(timespec="milliseconds")
+        fields = {"time": at, "level": record.levelname, "logger": record.name, "message": record.getMessage()}
+        if RUN_VARIABLE in os.environ:
+            fields["run"] = os.environ[RUN_VARIABLE]
+        fields |= {name: value for name, value in vars(record).items() if name not in _OWN}
+        if record.exc_info:
+            fields["traceback"] = self.formatException(record.exc_info)
+        return json.dumps(fields, default=str)

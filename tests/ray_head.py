@@ -29,7 +29,7 @@ class Head:
 
 
 @contextlib.contextmanager
-def running_head(num_cpus: int = 2, **env: str) -> Iterator[Head]:
+def running_head(num_cpus: int = 2, metrics_port: int | None = None, **env: str) -> Iterator[Head]:
     """With a token and a dashboard. env: more of the environment that everything on it inherits."""
     dashboard, gcs, client, agent = free_ports(4)
     folder = tempfile.mkdtemp(prefix="dvh")  # short: Ray puts Unix sockets below it
@@ -45,6 +45,8 @@ def running_head(num_cpus: int = 2, **env: str) -> Iterator[Head]:
         "num-cpus": num_cpus,
         "object-store-memory": 100_000_000,
     }
+    if metrics_port is not None:
+        options["metrics-export-port"] = metrics_port
     command = [str(Path(sys.executable).with_name("ray")), "start", "--head", "--block"]
     command += [f"--{name}={value}" for name, value in options.items()]
     log = Path(folder, "head.log")

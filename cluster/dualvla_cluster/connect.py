@@ -9,7 +9,7 @@ from typing import Any
 import ray
 
 from dualvla.errors import PlatformError
-from dualvla_cluster import secrets
+from dualvla_cluster import metrics, secrets
 
 # With OpenMP's and llvmpipe's default of one thread a core, workers that share two cores run many times slower.
 _WORKER_ENV = {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false", "LP_NUM_THREADS": "1"}
@@ -39,6 +39,7 @@ def connect(num_cpus: int | None = None) -> None:
             )
         else:
             ray.init(address=address, logging_level=logging.WARNING, runtime_env=runtime_env)
+            metrics.export()
     except (ConnectionError, ValueError) as error:
         raise PlatformError(
             f"No Ray cluster answers at '{address}': {error}.",

@@ -16,6 +16,7 @@ import socket
 import ssl
 import tempfile
 import time
+import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -27,6 +28,7 @@ import requests
 from ray.exceptions import AuthenticationError
 from ray.job_submission import JobDetails, JobStatus, JobSubmissionClient
 
+from dualvla.console import RUN_VARIABLE
 from dualvla.errors import PlatformError, UsageError
 from dualvla_cluster import secrets, shipping, start
 from dualvla_cluster.resources import GB, Profile, check, show
@@ -118,9 +120,11 @@ class Jobs:
         with tempfile.TemporaryDirectory(prefix="dualvla-") as folder, self._translated():
             parts = shipping.unpack(Path(folder)) if shipment.code == "installed" else []
             code = shipping.digest(parts) if parts else "image"
+            job_id = f"dualvla-{uuid.uuid4().hex[:12]}"
             return self._client.submit_job(
                 entrypoint=entrypoint,
-                runtime_env=_runtime_env(shipment, parts),
+                submission_id=job_id,
+                runtime_env=_runtime_env(shipment, parts, job_id),
                 metadata={"dualvla_code": code, "dualvla_version": shipping.installed(shipping.DISTRIBUTION) or ""},
             )
 
@@ -247,8 +251,8 @@ class Jobs:
             raise PlatformError(f"The Ray head at {self._address} failed: {error}") from error
 
 
-def _runtime_env(shipment: Shipment, parts: Sequence[Path]) -> dict[str, Any]:
-    variables = {**shipment.variables, start.EXPECTED: json.dumps(shipping.pinned())}
+def _runtime_env(shipment: Shipment, parts: Sequence[Path], job_id: str) -> dict[str, Any]:
+    variables = {**shipment.variables, start.EXPECTED: json.dumps(shipping.pinned()), RUN_VARIABLE: job_id}
     if shipment.secrets:
         variables[secrets.VARIABLE] = json.dumps(dict(shipment.secrets))
     found: dict[str, Any] = {"env_vars": variables}

@@ -18,6 +18,7 @@ from typing import Any, Generic, Literal, TypeVar
 import ray
 from ray.exceptions import RayActorError, RayTaskError
 
+from dualvla import console
 from dualvla.errors import DualVLAError, PlatformError
 
 log = logging.getLogger(__name__)
@@ -188,6 +189,7 @@ class _Pool(Generic[Item]):
                 raise PlatformError(f"Workers die as they start: {error}") from error
         elif not _alive(actor.node):
             log.warning("node %s is gone; %d items are run again", actor.node[:8], len(items))
+            console.tell("pool", "retries", len(items))
             self._waiting.extendleft(reversed(items))
         else:
             yield from self._crashed(items, f"{error}", "crashed", sure=len(items) == 1)
@@ -216,6 +218,7 @@ class _Pool(Generic[Item]):
                 yield Outcome(item, failure=f"{what} {crashes} times: {failure}", reason=reason)
                 continue
             log.warning("%s was interrupted and will be run again: %s", item, failure)
+            console.tell("pool", "retries", 1)
             if sure and not self._suspects:
                 self._waiting.appendleft(item)
             else:

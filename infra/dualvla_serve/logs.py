@@ -2,25 +2,12 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import sys
-from datetime import UTC, datetime
+
+from dualvla.console import JsonFormatter
 
 LOGGER = "dualvla.serve"
-_OWN = set(vars(logging.makeLogRecord({}))) | {"message", "asctime"}
-
-
-class JsonFormatter(logging.Formatter):
-    """time, level, logger, message, and whatever was given as `extra`."""
-
-    def format(self, record: logging.LogRecord) -> str:
-        at = datetime.fromtimestamp(record.created, UTC).isoformat(timespec="milliseconds")
-        fields = {"time": at, "level": record.levelname, "logger": record.name, "message": record.getMessage()}
-        fields |= {name: value for name, value in vars(record).items() if name not in _OWN}
-        if record.exc_info:
-            fields["traceback"] = self.formatException(record.exc_info)
-        return json.dumps(fields, default=str)
 
 
 def use_json() -> None:

@@ -16,6 +16,7 @@ from typing import Any, Literal
 import pyarrow as pa
 
 from dualvla import config as configs
+from dualvla import console
 from dualvla.errors import DataError, UsageError
 from dualvla.io import dataset, manifest, storage
 from dualvla_pipelines import checks
@@ -109,6 +110,8 @@ def _ingest(
     total = _sum(ordered)
     _remove_strays(out, ordered)
     summary = _list_annotations(out, index, ordered, doubled) if index is not None else {}
+    console.tell("ingesting", "rows_out", total["rows_in"] - total["rows_quarantined"])
+    console.tell("ingesting", "rows_quarantined", total["rows_quarantined"])
     dataset.finish_dataset(
         out, settings, inputs,
         rows_in=total["rows_in"], rows_quarantined=total["rows_quarantined"],

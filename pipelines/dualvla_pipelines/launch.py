@@ -95,6 +95,7 @@ def _watch(thread: threading.Thread, job: TrainJob) -> None:
             done = lines.now()
             if done != seen:
                 advance(done - seen)
+                console.tell("train", "samples", (done - seen) * job.config.batch_size)
                 seen = done
 
 

@@ -112,6 +112,8 @@ def prune(
             for name, tally in (execute or on_ray)(job, names, workers or Workers()):
                 tallies[name] = tally
                 advance(1)
+                for figure in ("rows_out", "rows_quarantined"):
+                    console.tell("pruning", figure, tally.get(figure, 0))
         _finish(source, out, data.manifest["rows_out"], settings, inputs, {name: tallies[name] for name in names})
     found = manifest.require(out, dataset.KIND)
     shown = prune_report.ensure(out, report or ReportConfig())

@@ -18,7 +18,7 @@ from typing import Any
 
 from dualvla import cli
 from dualvla.config import override, to_dict
-from dualvla.console import table
+from dualvla.console import RUN_VARIABLE, table
 from dualvla.io import manifest, storage
 from dualvla_cluster.resources import get_profile
 from dualvla_pipelines import estimate
@@ -85,6 +85,7 @@ def run(
     record |= {
         "recipe": recipe,
         "out": out,
+        "job": os.environ.get(RUN_VARIABLE),
         "policies": policies(results),
         "controls": controls(results),
         "report": results["report"]["index"],
