@@ -95,6 +95,7 @@ def finish(
         "inputs": dict(inputs),
         **facts,
     }
+    storage.remove_leftovers(folder)
     _dump(storage.join(folder, NAME), manifest)
     return manifest
 

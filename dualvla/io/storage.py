@@ -11,10 +11,12 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import functools
 import io
 import logging
 import os
 import random
+import re
 import shutil
 import time
 import uuid
@@ -33,6 +35,7 @@ _S3 = ("s3", "s3a")
 _ATOMIC_PUT = (*_S3, "gs", "gcs", "az", "abfs", "abfss", "adl", "oss", "memory")
 _PASSING = (errno.EBUSY, errno.EIO, errno.EREMOTEIO, errno.ECONNRESET, errno.ECONNREFUSED, errno.EPIPE, errno.ETIMEDOUT)
 _READ_AHEAD_BYTES = 4 << 20
+_LEFTOVER = re.compile(r"\..+\.[0-9a-f]{8}\.tmp")
 
 
 @dataclass(frozen=True)
@@ -203,7 +206,7 @@ def write_bytes(url: str | os.PathLike[str], data: bytes) -> None:
             _ask(url, lambda: fs.pipe_file(path, data))
             return
         parent, _, name = path.rpartition("/")
-        temporary = f"{parent}/.{name}.{uuid.uuid4().hex[:8]}.tmp"
+        temporary = f"{parent}/{_temporary(name)}"
         _ask(url, lambda: fs.makedirs(parent, exist_ok=True))
         _ask(url, lambda: fs.pipe_file(temporary, data))
         _ask(url, lambda: fs.mv(temporary, path))
@@ -211,7 +214,7 @@ def write_bytes(url: str | os.PathLike[str], data: bytes) -> None:
 
 def _write_local(target: Path, data: bytes) -> None:
     target.parent.mkdir(parents=True, exist_ok=True)
-    temporary = target.with_name(f".{target.name}.{uuid.uuid4().hex[:8]}.tmp")
+    temporary = target.with_name(_temporary(target.name))
     try:
         with open(temporary, "wb") as file:
             file.write(data)
@@ -220,6 +223,25 @@ def _write_local(target: Path, data: bytes) -> None:
         os.replace(temporary, target)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def _temporary(name: str) -> str:
+    return f".{name}.{uuid.uuid4().hex[:8]}.tmp"
+
+
+def remove_leftovers(folder: str | os.PathLike[str]) -> None:
+    """Deletes the temporary files that killed writers left anywhere below `folder`; nobody may be writing there now."""
+    url = os.fspath(folder)
+    with writing(url):
+        if is_local(url):
+            for path in Path(url).rglob(".*.tmp"):
+                if _LEFTOVER.fullmatch(path.name):
+                    path.unlink(missing_ok=True)
+        elif url.split("://", 1)[0] not in _ATOMIC_PUT:
+            fs, path = _filesystem(url)
+            for found in _ask(url, lambda: fs.find(path)):
+                if _LEFTOVER.fullmatch(found.rsplit("/", 1)[-1]):
+                    _ask(url, functools.partial(fs.rm_file, found))
 
 
 def upload(path: Path, url: str) -> None:

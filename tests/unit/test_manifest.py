@@ -20,6 +20,15 @@ def test_begin_finish_skip(tmp_path: Path) -> None:
     assert manifest.require(folder, "dataset")["rows"] == 3
 
 
+def test_a_finished_folder_keeps_nothing_that_a_killed_writer_left(tmp_path: Path) -> None:
+    left = tmp_path / "out" / "videos" / ".film.mp4.0123abcd.tmp"
+    left.parent.mkdir(parents=True)
+    left.write_bytes(b"half a fil")
+    (left.parent / ".hidden.tmp").write_bytes(b"somebody else's")
+    manifest.finish(str(tmp_path / "out"), "dataset", CONFIG, INPUTS)
+    assert [p.name for p in left.parent.iterdir()] == [".hidden.tmp"]
+
+
 @pytest.mark.parametrize("finished", [False, True])
 @pytest.mark.parametrize(
     ("kind", "config", "inputs", "difference"),
