@@ -32,7 +32,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
         actions.add_parser("ray-up", help="write the YAML that `ray up` makes a cluster of AWS machines from"),
         actions.add_parser("profile", help="print a profile as JSON, to start one of your own from"),
     )
-    kubernetes, ray_up, _ = machines
+    kubernetes, ray_up, profile = machines
     for action in machines:
         action.add_argument("--profile", required=True, metavar="NAME", help="nodes:N, spot:N, node8, or a JSON file")
     kubernetes.add_argument("--image", required=True, metavar="REPOSITORY:TAG", help="for pipelines (Dockerfile.train)")
@@ -44,6 +44,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
     ray_up.add_argument("--image", required=True, metavar="REPOSITORY:TAG")
     ray_up.add_argument("--region", default="us-east-1")
     ray_up.add_argument("--out", required=True, help="file to write, such as cluster.yaml")
+    profile.add_argument("--out", help="file to write it to, such as mine.json")
     for action in (build, apply, *machines):  # after the action, too
         action.add_argument("--json", action="store_true", default=argparse.SUPPRESS, help="print the result as JSON")
 
@@ -87,9 +88,13 @@ def _ray_up(arguments: argparse.Namespace) -> dict[str, Any]:
 
 def _profile(arguments: argparse.Namespace) -> dict[str, Any]:
     from dualvla.config import to_dict
+    from dualvla.io import storage
     from dualvla_cluster.resources import get_profile
 
-    return {"profile": to_dict(get_profile(arguments.profile))}
+    found = to_dict(get_profile(arguments.profile))
+    if arguments.out:
+        storage.write_bytes(arguments.out, json.dumps(found, indent=2).encode())
+    return {"profile": found}
 
 
 def _build(arguments: argparse.Namespace) -> dict[str, Any]:
