@@ -96,11 +96,13 @@ class RobotSetup:
 
 @dataclass(frozen=True)
 class Station:
-    """The cabinet. model: a URDF of the assets' `custom`. qpos: drawer joint -> m it starts open."""
+    """The cabinet. model: a URDF of the assets' `custom`. qpos: drawer joint -> m it starts open. files: what the URDF
+    refers to."""
 
     model: str
     pose: Pose
     qpos: Mapping[str, float]
+    files: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -142,7 +144,7 @@ class EpisodeSetup:
         if self.overlay:
             names.append(f"real_inpainting/{self.overlay}.png")
         if self.station:
-            names.append(f"custom/{self.station.model}.urdf")
+            names += [f"custom/{self.station.model}.urdf", *self.station.files]
         names.append(f"robots/{ROBOT_FOLDERS[self.robot.kind]}")
         return tuple(dict.fromkeys(names))
 

@@ -1,0 +1,47 @@
+"""The cabinet of the Google Robot's drawer tasks. Knows mani_skill; no task.
+
+Its handles are drawn, but nothing can touch them: a drawer is pulled by the top edge of its front plate, as upstream.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import torch
+from mani_skill.utils.structs import Articulation
+
+from dualvla_eval.simpler.assets import Assets
+from dualvla_eval.simpler.scene import to_sapien
+from dualvla_eval.simpler.specs import Station
+
+NAME = "cabinet"
+FLOOR_SHAPE = 2  # of a drawer's collision shapes: its interior bottom
+_JOINT_FRICTION = 0.05
+_JOINT_DAMPING = 1.0
+
+
+def build_station(scene: Any, station: Station, assets: Assets) -> Articulation:
+    loader = scene.create_urdf_loader()
+    loader.fix_root_link = True
+    loader.name = NAME
+    articulation = loader.load(assets.path(f"custom/{station.model}.urdf"))
+    for joint in articulation.active_joints:
+        joint.set_friction(_JOINT_FRICTION)
+        joint.set_drive_properties(stiffness=0.0, damping=_JOINT_DAMPING)
+    open_station(articulation, station)
+    return articulation
+
+
+def open_station(articulation: Articulation, station: Station) -> None:
+    """At its place, at rest, every drawer as far open as the setup says."""
+    qpos = [station.qpos.get(joint.name, 0.0) for joint in articulation.active_joints]
+    articulation.set_root_pose(to_sapien(station.pose))
+    articulation.set_qpos(torch.as_tensor([qpos], dtype=torch.float32))
+    articulation.set_qvel(torch.zeros((1, len(qpos))))
+
+
+def travel(articulation: Articulation, joint: str) -> float:
+    """How far the drawer is open, m."""
+    names = [j.name for j in articulation.active_joints]
+    return float(np.asarray(articulation.get_qpos().cpu()).reshape(-1)[names.index(joint)])
