@@ -16,9 +16,9 @@ import numpy as np
 
 from dualvla.config import to_dict
 from dualvla.console import progress
-from dualvla.errors import DataError
+from dualvla.errors import DataError, UsageError
 from dualvla.io import dataset, manifest, storage
-from dualvla_eval.experts import Expert
+from dualvla_eval.experts import make_expert
 from dualvla_eval.qa import QASplit, make_question
 from dualvla_eval.sim.base import SimEnv
 from dualvla_eval.suites import Episode, Suite, get_suite
@@ -83,20 +83,23 @@ def plan_parts(config: CollectConfig) -> list[Part]:
     return [Part(i, *cut) for i, cut in enumerate(cuts)]
 
 
-def collect(config: CollectConfig, out: str, workers: int) -> dict[str, Any]:
-    """Makes or resumes the data set in `out`. Returns its manifest.
+def collect(config: CollectConfig, out: str, workers: int, assets: str | None = None) -> dict[str, Any]:
+    """Makes or resumes the data set in `out`. assets: folder of the suite's files. Returns its manifest.
 
     Raises: OutputError if `out` belongs to another run, PlatformError without a Vulkan device.
     """
-    suite = get_suite(config.suite)
+    suite = get_suite(config.suite, assets)
+    if (config.qa or config.qa_test) and suite.name != "blocks":
+        raise UsageError(f"Suite '{suite.name}' has no questions.", "leave --qa and --qa-test out")
     for task in config.episodes:
         suite.training_episode(task, 0, config.seed, variant=config.variant)  # refuses names it does not know
+    suite.check([task for task in suite.tasks if task.name in config.episodes and task.variant == config.variant])
     if not manifest.begin(out, dataset.KIND, to_dict(config), {}):
         return {**(manifest.read(out) or {}), "skipped": True}
     parts = plan_parts(config)
     todo = [part for part in parts if not storage.exists(_progress_url(out, part))]
     if todo:
-        _run(config, out, todo, workers, done=len(parts) - len(todo), total=len(parts))
+        _run(config, out, assets, todo, workers, done=len(parts) - len(todo), total=len(parts))
     facts = [json.loads(storage.read_bytes(_progress_url(out, part))) for part in parts]
     return dataset.finish_dataset(
         out,
@@ -109,7 +112,9 @@ def collect(config: CollectConfig, out: str, workers: int) -> dict[str, Any]:
     )
 
 
-def _run(config: CollectConfig, out: str, parts: list[Part], workers: int, done: int, total: int) -> None:
+def _run(
+    config: CollectConfig, out: str, assets: str | None, parts: list[Part], workers: int, done: int, total: int
+) -> None:
     import ray
 
     from dualvla_cluster import connect, pool, resources
@@ -118,7 +123,7 @@ def _run(config: CollectConfig, out: str, parts: list[Part], workers: int, done:
     # Without a profile the pool bounds the number of actors, not Ray's CPU count.
     actor = ray.remote(**resources.reservation("collect", cpus=0.1))(Collector)
     with progress("collect", total, done) as advance:
-        for outcome in pool.run(lambda: actor.remote(config, out), "collect", parts, num_actors=workers):
+        for outcome in pool.run(lambda: actor.remote(config, out, assets), "collect", parts, num_actors=workers):
             if outcome.failure:
                 raise DataError(f"{outcome.item} could not be made: {outcome.failure}.", "run `dualvla doctor`")
             advance(1)
@@ -127,9 +132,9 @@ def _run(config: CollectConfig, out: str, parts: list[Part], workers: int, done:
 class Collector:
     """Makes parts, one after another, in one environment."""
 
-    def __init__(self, config: CollectConfig, out: str):
+    def __init__(self, config: CollectConfig, out: str, assets: str | None = None):
         self._config, self._out = config, out
-        self._suite = get_suite(config.suite)
+        self._suite = get_suite(config.suite, assets)
         self._env = self._suite.make_env()
 
     def collect(self, part: Part) -> None:
@@ -164,7 +169,7 @@ def demonstrate(env: SimEnv, suite: Suite, episode: Episode, noise: Noise) -> tu
     rng = np.random.default_rng([episode.seed, 1])  # the scene has drawn from the seed itself
     disturb = _Disturbance(noise, suite.task(episode.task).max_steps, rng)
     obs, info = env.reset(options={"episode": episode})
-    expert = Expert(env, rng)
+    expert = make_expert(env, rng)
     rows: list[dict[str, Any]] = []
     follow_through = _FOLLOW_THROUGH
     source = "train" if episode.variant == suite.task(episode.task).variant else f"train-{episode.variant}"

@@ -7,6 +7,7 @@ to it. Knows the simulator's state, never its engine.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Protocol
 
 import numpy as np
 
@@ -50,8 +51,28 @@ class _Intent:
     about: ObjectState
 
 
+class Acting(Protocol):
+    """A scripted expert in one episode of one environment, which has just been reset."""
+
+    def act(self) -> ExpertStep: ...
+
+
+def make_expert(env: SimEnv, rng: np.random.Generator, target: str | None = None) -> Acting:
+    """The expert for the episode's task. rng: breaks ties. target: go for this object instead of the named one."""
+    task = env.state().task
+    if task.startswith("widowx_"):
+        from dualvla_eval.simpler.widowx_expert import WidowXExpert
+
+        return WidowXExpert(env, rng, target)
+    if task.startswith("google_robot_"):
+        from dualvla_eval.simpler.google_experts import GoogleExpert
+
+        return GoogleExpert(env, rng, target)
+    return Expert(env, rng, target)
+
+
 class Expert:
-    """One episode of one environment, which has just been reset.
+    """Of suite `blocks`; one episode of one environment, which has just been reset.
 
     target: go for this object instead of the named one. rng: breaks ties, such as the side on which to put something.
     """

@@ -19,7 +19,7 @@ from dualvla.io import manifest, storage
 from dualvla.policy import Policy
 from dualvla.schema import ACTION_SPACES, Observation, PolicyReply, PolicySpec
 from dualvla_eval.asking import Answer, EpisodePolicy
-from dualvla_eval.experts import Expert
+from dualvla_eval.experts import Acting, make_expert
 from dualvla_eval.sim.base import SimEnv
 from dualvla_eval.suites import Episode, Suite
 
@@ -167,7 +167,7 @@ class ExpertPolicy:
     def __init__(self, suite: Suite, seed: int, random_object: bool = False):
         self.spec = PolicySpec(suite.action_space, suite.control_hz, suite.cameras, "reasoning")
         self._seed, self._random_object = seed, random_object
-        self._experts: dict[str, Expert] = {}
+        self._experts: dict[str, Acting] = {}
         self._said: dict[str, str] = {}
 
     def attach(self, session: str, env: SimEnv, episode: Episode) -> None:
@@ -176,7 +176,7 @@ class ExpertPolicy:
         if self._random_object:
             state = env.state()
             target = str(rng.choice([o.name for o in state.objects if o.name != state.reference]))
-        self._experts[session] = Expert(env, rng, target=target)
+        self._experts[session] = make_expert(env, rng, target)
 
     def infer(self, observations: Sequence[Observation], sessions: Sequence[str]) -> list[PolicyReply]:
         return [self._act(o, s) for o, s in zip(observations, sessions, strict=True)]

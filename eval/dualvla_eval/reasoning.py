@@ -25,7 +25,7 @@ LINKS = ("to", "on", "near", "in")
 _STILL_M = 0.002
 _TEXT = re.compile(r"plan: (?P<plan>.+?)\. subtask: (?P<subtask>.+?)\. move: (?P<move>[a-z ]+)\.?")
 _STEP = re.compile(
-    rf"(?P<verb>{'|'.join(VERBS)}) (?P<object>[a-z ]+?)(?: (?P<link>{'|'.join(LINKS)}) (?P<second>[a-z ]+))?"
+    rf"(?P<verb>{'|'.join(VERBS)}) (?P<object>[a-z0-9 ]+?)(?: (?P<link>{'|'.join(LINKS)}) (?P<second>[a-z0-9 ]+))?"
 )
 
 

@@ -21,6 +21,8 @@ Purpose = Literal["evaluation", "training", "qa_train", "qa_test"]
 _PURPOSE_CODE: dict[Purpose, int] = {"evaluation": 1, "training": 2, "qa_train": 3, "qa_test": 4}
 _SEED_BITS = 56
 
+SUITES = ("blocks", "simpler-widowx", "simpler-google-vm", "simpler-google-va")
+
 
 @dataclass(frozen=True)
 class TaskSpec:
@@ -47,6 +49,10 @@ def _no_assets() -> Mapping[str, Sequence[str]]:
     return {"used": [], "substituted": []}
 
 
+def _nothing_to_check(tasks: Sequence[TaskSpec]) -> None:
+    """For suites that need no files."""
+
+
 @dataclass(frozen=True)
 class Suite:
     """termination_rule: when an episode ends. conventions: name -> what a user of the numbers must know.
@@ -55,6 +61,7 @@ class Suite:
     and variant that is evaluated. default_conventions: what `dualvla eval` does unless told otherwise, by the names of
     `dualvla_eval.conventions`. means: name of a mean -> the tasks that it is over. robustness_variants: variants that
     are rolled out but are part of no task's rate and of no mean. assets: "used" and "substituted", names of files.
+    check: raises DataError, naming what is missing, if some of these tasks cannot run here.
     """
 
     name: str
@@ -70,6 +77,7 @@ class Suite:
     means: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     robustness_variants: tuple[str, ...] = ()
     assets: Callable[[], Mapping[str, Sequence[str]]] = _no_assets
+    check: Callable[[Sequence[TaskSpec]], None] = _nothing_to_check
 
     def task(self, name: str, variant: str | None = None) -> TaskSpec:
         """variant: default, the first that the suite lists for this task. Raises: UsageError."""
@@ -128,11 +136,20 @@ def scene_seed(purpose: Purpose, *key: str | int) -> int:
     return (_PURPOSE_CODE[purpose] << _SEED_BITS) | (int.from_bytes(digest[:8]) >> (64 - _SEED_BITS))
 
 
-def get_suite(name: str) -> Suite:
-    """Raises: UsageError on an unknown name."""
-    if name not in _SUITES:
-        raise UsageError(f"Unknown suite '{name}'.", did_you_mean(name, _SUITES))
-    return _SUITES[name]()
+def is_training(seed: int) -> bool:
+    """Whether it is the seed of a demonstration's scene."""
+    return seed >> _SEED_BITS == _PURPOSE_CODE["training"]
+
+
+def get_suite(name: str, assets: str | None = None) -> Suite:
+    """assets: folder of the suite's files, for those that need some. Raises: UsageError on an unknown name."""
+    if name not in SUITES:
+        raise UsageError(f"Unknown suite '{name}'.", did_you_mean(name, SUITES))
+    if name == "blocks":
+        return _blocks()
+    from dualvla_eval.simpler.suite import simpler_suite
+
+    return simpler_suite(name, assets)
 
 
 def _make_blocks_env() -> SimEnv:
@@ -163,6 +180,3 @@ def _blocks() -> Suite:
         },
         variants=VARIANTS,
     )
-
-
-_SUITES: dict[str, Callable[[], Suite]] = {"blocks": _blocks}

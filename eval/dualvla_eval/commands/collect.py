@@ -18,10 +18,12 @@ def _configure(parser: argparse.ArgumentParser) -> None:
         "--episodes", default="100", help="demonstrations per task: a number, or task=number,task=number"
     )
     parser.add_argument(
-        "--variant", default="base", help="look of the scenes; blocks: base, second (camera and light), varied"
+        "--variant",
+        help="look of the scenes, by default the suite's first; blocks: base, second (camera, light), varied",
     )
     parser.add_argument("--qa", type=int, default=0, help="questions about scenes, split train")
     parser.add_argument("--qa-test", type=int, help="held-out questions, split test (default: a fifth of --qa)")
+    parser.add_argument("--assets", metavar="DIR", help="SimplerEnv's files (default: DUALVLA_ASSETS, or the cache)")
     parser.add_argument("--seed", type=int, default=0, help="another seed gives other scenes and other noise")
     parser.add_argument("--workers", type=int, default=2, help="simulator processes; changes no result")
     add_profile(parser)
@@ -33,19 +35,19 @@ def _run(arguments: argparse.Namespace) -> dict[str, Any]:
     from dualvla_eval.suites import get_suite
 
     apply_profile(arguments, "collect")
-    suite = get_suite(arguments.suite)
+    suite = get_suite(arguments.suite, arguments.assets)
     tasks = arguments.tasks.split(",") if arguments.tasks else None
     config = CollectConfig(
         suite=suite.name,
-        episodes=parse_episodes(arguments.episodes, tasks, [task.name for task in suite.tasks]),
+        episodes=parse_episodes(arguments.episodes, tasks, suite.task_names),
         qa=_not_negative(arguments.qa, "--qa"),
         qa_test=_not_negative(arguments.qa // 5 if arguments.qa_test is None else arguments.qa_test, "--qa-test"),
         seed=_not_negative(arguments.seed, "--seed"),
-        variant=arguments.variant,
+        variant=arguments.variant or suite.variants[0],
     )
     if arguments.workers < 1:
         raise UsageError(f"--workers {arguments.workers} is less than 1.", "pass --workers 1 or more")
-    made = collect(config, arguments.out, arguments.workers)
+    made = collect(config, arguments.out, arguments.workers, arguments.assets)
     return {
         "out": arguments.out,
         "skipped": made.get("skipped", False),

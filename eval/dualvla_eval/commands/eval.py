@@ -30,9 +30,11 @@ def _configure(parser: argparse.ArgumentParser) -> None:
         action="append",
         required=True,
         metavar="NAME | qa:[NAME=]PATH[#METRIC]",
-        help="blocks, or questions: a data set folder (its held-out ones) or a tab-separated file as VLMEvalKit has "
-        "them; METRIC: choice, exact, vqa or anls (default: as the content says). qa: may be given several times",
+        help="blocks, simpler-widowx, simpler-google-vm, simpler-google-va, or questions: a data set folder (its "
+        "held-out ones) or a tab-separated file as VLMEvalKit has them; METRIC: choice, exact, vqa or anls (default: "
+        "as the content says). qa: may be given several times",
     )
+    parser.add_argument("--assets", metavar="DIR", help="SimplerEnv's files (default: DUALVLA_ASSETS, or the cache)")
     parser.add_argument("--out", required=True, metavar="DIR", help="the evaluation folder; resumes what is there")
     parser.add_argument("--tasks", metavar="A,B", help="tasks to evaluate (default: all of the suite)")
     parser.add_argument("--variants", metavar="A,B", help="variants of the tasks (default: all of the suite)")
@@ -132,12 +134,14 @@ def _roll_out(arguments: argparse.Namespace, refs: Sequence[PolicyRef]) -> dict[
     from dualvla_eval.suites import get_suite
     from dualvla_eval.sweep import Machinery, SweepConfig, parse_seeds, parse_tasks, parse_videos, run_sweep
 
-    suite = get_suite(arguments.suite[0])
+    suite = get_suite(arguments.suite[0], arguments.assets)
     tasks = parse_tasks(suite, arguments.tasks, arguments.episodes)
     films, only_failures = parse_videos(arguments.videos, tasks)
+    variants = tuple(arguments.variants.split(",")) if arguments.variants else None
+    suite.check([t for t in suite.tasks if t.name in tasks and (variants is None or t.variant in variants)])
     config = SweepConfig(
         tasks=tasks,
-        variants=tuple(arguments.variants.split(",")) if arguments.variants else None,
+        variants=variants,
         seeds=parse_seeds(arguments.seeds) if arguments.seeds else (arguments.seed,),
         reasoning=arguments.reasoning,
         conventions=parse(Conventions(**suite.default_conventions), arguments.convention),

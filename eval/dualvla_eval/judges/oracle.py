@@ -12,7 +12,7 @@ from typing import Any, cast
 
 import numpy as np
 
-from dualvla_eval.experts import Expert
+from dualvla_eval.experts import make_expert
 from dualvla_eval.reasoning import StatedReasoning, parse
 from dualvla_eval.results import Trajectory
 from dualvla_eval.sim.base import ObjectState, SceneState, SimEnv
@@ -54,7 +54,7 @@ def _tuples(recorded: Mapping[str, Any]) -> dict[str, Any]:
 def truths(trajectory: Trajectory, states: list[SceneState]) -> list[Truth]:
     """One for each step that was acted on."""
     recording = _Recording(states[0])
-    expert = Expert(cast(SimEnv, recording), np.random.default_rng(trajectory.row["seed"]))
+    expert = make_expert(cast(SimEnv, recording), np.random.default_rng(trajectory.row["seed"]))
     found = []
     for state in states[:-1]:
         recording.current = state

@@ -54,13 +54,14 @@ class Assets:
         return [name for name in dict.fromkeys(names) if not (self.root / name).exists()]
 
     def substituted(self, names: Iterable[str]) -> list[str]:
-        """Files under `names` that are not upstream's bytes at the pinned commit, sorted.
+        """Files under `names` that are not upstream's at the pinned commit, and models with nothing to draw, sorted.
 
         Results computed with any of them are not comparable to published numbers.
         """
         known = upstream().sha256
         files = {str(p.relative_to(self.root)) for name in names for p in _files(self.root / name)}
-        return sorted(name for name in files if known.get(name) != _sha256(str(self.root / name)))
+        invisible = [n for n in names if n.startswith("custom/models/") and self.visual(n.rsplit("/", 1)[-1]) is None]
+        return sorted([*invisible, *(f for f in files if known.get(f) != _sha256(str(self.root / f)))])
 
     def models(self, table: str) -> dict[str, Any]:
         """A table of `custom`: model -> {"bbox": {"min", "max"}, "density", ...}."""

@@ -68,7 +68,7 @@ class SimplerEnv(gymnasium.Env):
         setup: EpisodeSetup | None = (options or {}).get("setup")
         if setup is None:
             episode: Episode = (options or {})["episode"]
-            setup = episodes.setup(episode.suite, episode.task, episode.variant, episode.episode_id)
+            setup = episodes.setup(episode)
         self.close()
         try:
             self._task = SimplerTask([setup], self._assets)

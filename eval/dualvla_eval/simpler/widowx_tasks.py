@@ -155,6 +155,20 @@ def get_task(name: str) -> WidowXTask:
     return TASKS[name]
 
 
+def suite_cells() -> list[tuple[str, str, int, int]]:
+    """Every (task, variant, number of episodes, step limit), in the order in which results are listed."""
+    return [(task.name, "base", NUM_EPISODES, task.max_steps) for task in _TASKS]
+
+
+def rules() -> dict[str, str]:
+    """The success tests in words."""
+    return {
+        f"success of {task.name}": f"the {task.source_phrase} is over the {task.target_phrase}, at most "
+        f"{100 * task.max_gap_m:.0f} cm above it" + (", and touches nothing else but the robot" if task.alone else "")
+        for task in _TASKS
+    }
+
+
 def setup(name: str, episode_id: int) -> EpisodeSetup:
     """Episode 0..23 of a task. Raises: UsageError."""
     task = get_task(name)
