@@ -12,9 +12,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load, save_file
 
 from dualvla.config import override
+from dualvla.io import storage
 from dualvla_pipelines.recipes import STAGES, get_recipe
 from dualvla_pipelines.trainer import TrainJob
 
@@ -65,7 +66,8 @@ def _worker(rank: int, world: int, store: str, jobs: Sequence[TrainJob], prepare
     if prepare is not None:
         prepare()
     for job in jobs:
-        Path(job.out).mkdir(parents=True, exist_ok=True)
+        if "://" not in job.out:
+            Path(job.out).mkdir(parents=True, exist_ok=True)
         trainer.train(job)
     dist.destroy_process_group()
 
@@ -90,7 +92,6 @@ def spoil_step_two() -> None:
 def die_while_saving(moment: str) -> None:
     """SIGKILL of this worker, at a moment of the second save: with half a file written, with all of them and no record,
     or with the state before the last half removed."""
-    from dualvla.io import storage
     from dualvla_pipelines import resume, trainer
 
     def die() -> None:
@@ -131,12 +132,12 @@ def die_while_saving(moment: str) -> None:
 
 def lines(folder: Any, but: Sequence[str] = OF_THE_MACHINE) -> list[dict[str, float]]:
     """metrics.jsonl, without what is said `but`."""
-    found = [json.loads(line) for line in Path(folder, "metrics.jsonl").read_text().splitlines()]
+    found = [json.loads(line) for line in storage.read_bytes(f"{folder}/metrics.jsonl").splitlines()]
     return [{name: value for name, value in line.items() if name not in but} for line in found]
 
 
 def weights(folder: Any) -> dict[str, torch.Tensor]:
-    return load_file(Path(folder, "model.safetensors"))
+    return load(storage.read_bytes(f"{folder}/model.safetensors"))
 
 
 def same_weights(ours: Any, theirs: Any) -> bool:

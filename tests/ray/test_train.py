@@ -1,6 +1,7 @@
 """Training on a real Ray cluster and the real ZeRO-3 engine: workers, interruptions and broken input."""
 
 import json
+import random
 import shutil
 import threading
 import time
@@ -23,6 +24,9 @@ FOUR_STEPS = [
     for stage in ("specialist", "reasoning", "dual")
     for key in ("steps=4", "batch_size=8", "multimodal_fraction=0.25", "checkpoint_every=2", "zero.dtype=fp32")
 ]
+
+
+TWELVE_STEPS = ("specialist.steps=12", "specialist.checkpoint_every=3")
 
 
 def run(stage, data, out, *more, **options):
@@ -142,23 +146,34 @@ def test_a_damaged_resume_state_costs_steps_not_results(straight, data, tmp_path
     assert losses(out) == losses(straight)
 
 
+@pytest.fixture(scope="module")
+def twelve_steps(data, tmp_path_factory, ray_cluster):
+    out = tmp_path_factory.mktemp("twelve") / "specialist"
+    run("specialist", data, out, *TWELVE_STEPS, workers=2)
+    return out
+
+
 @pytest.mark.slow
-def test_a_killed_worker_costs_steps_not_results(data, tmp_path, ray_cluster):
-    longer = ("specialist.steps=12", "specialist.checkpoint_every=3")
-    run("specialist", data, tmp_path / "whole", *longer)
+def test_a_killed_worker_costs_steps_not_results(twelve_steps, data, tmp_path, fault_seed):
+    rng = random.Random(fault_seed)
     out = tmp_path / "killed"
-    killer = threading.Thread(target=kill_worker_after, args=(out / "metrics.jsonl", 5))
+    killer = threading.Thread(target=kill_worker_after, args=(out / "metrics.jsonl", rng.randrange(1, 11), rng))
     killer.start()
-    run("specialist", data, out, *longer)
+    run("specialist", data, out, *TWELVE_STEPS, workers=2)
     killer.join()
-    assert losses(out) == losses(tmp_path / "whole")
+    assert losses(out) == losses(twelve_steps)
+    ours, theirs = weights(out), weights(twelve_steps)
+    assert ours.keys() == theirs.keys()
+    assert all(torch.equal(ours[name], theirs[name]) for name in ours)
 
 
-def kill_worker_after(metrics, steps):
+def kill_worker_after(metrics, steps, rng):
+    """One of two, at any moment of a step."""
     while not (metrics.exists() and metrics.read_text().count("\n") >= steps):
         time.sleep(0.01)
-    (worker,) = (p for p in psutil.Process().children(recursive=True) if "RayTrainWorker" in " ".join(p.cmdline()))
-    worker.kill()
+    time.sleep(rng.uniform(0.0, 0.2))
+    workers = [p for p in psutil.Process().children(recursive=True) if "RayTrainWorker" in " ".join(p.cmdline())]
+    rng.choice(sorted(workers, key=lambda process: process.pid)).kill()
 
 
 @pytest.mark.slow

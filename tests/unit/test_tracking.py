@@ -7,22 +7,24 @@ import pytest
 
 from dualvla.errors import PlatformError, UsageError
 from dualvla.io import tracking
-from dualvla.io.tracking import open_tracker
+from dualvla.io.tracking import check_tracker, open_tracker
 
 
-def scalars(folder):
-    """{(name, step): value} of the event files of a TensorBoard folder, read by their format: framed protobufs."""
+def events(folder):
+    """The events of a TensorBoard folder's files, read by their format: framed protobufs."""
     from tensorboardX.proto.event_pb2 import Event
 
-    found = {}
-    for file in folder.glob("events.*"):
+    for file in sorted(folder.glob("events.*")):
         data, at = file.read_bytes(), 0
         while at < len(data):
             (size,) = struct.unpack_from("<Q", data, at)
-            event = Event.FromString(data[at + 12 : at + 12 + size])  # between the checksums of length and content
-            found |= {(v.tag, event.step): v.simple_value for v in event.summary.value}
+            yield Event.FromString(data[at + 12 : at + 12 + size])  # between the checksums of length and content
             at += 16 + size
-    return found
+
+
+def scalars(folder):
+    """{(name, step): value} of a TensorBoard folder."""
+    return {(value.tag, event.step): value.simple_value for event in events(folder) for value in event.summary.value}
 
 
 def test_tensorboard_holds_every_figure_at_its_step(tmp_path):
@@ -66,8 +68,9 @@ def test_a_tracker_that_is_not_installed_names_its_package(monkeypatch):
 
     monkeypatch.setattr(tracking.importlib, "import_module", missing)
     for setting, package in (("tensorboard:x", r"dualvla\[track\]"), ("wandb:x", "wandb"), ("mlflow:x", "mlflow")):
-        with pytest.raises(PlatformError, match=f"pip install '{package}"):
-            open_tracker(setting, "tiny")
+        for use in (lambda s=setting: open_tracker(s, "tiny"), lambda s=setting: check_tracker(s)):
+            with pytest.raises(PlatformError, match=f"pip install '{package}"):
+                use()
 
 
 @pytest.mark.parametrize(
@@ -76,3 +79,20 @@ def test_a_tracker_that_is_not_installed_names_its_package(monkeypatch):
 def test_a_setting_that_is_none_is_explained(setting, fix):
     with pytest.raises(UsageError, match=fix):
         open_tracker(setting, "tiny")
+
+
+def test_in_an_object_store_the_files_are_copied_when_they_are_flushed(tmp_path):
+    from dualvla.io import storage
+
+    folder = "memory://tracked/tb"
+    with open_tracker(f"tensorboard:{folder}", "tiny") as tracker:
+        tracker.log({"loss": 0.5}, step=1)
+        tracker.flush()
+        (file,) = storage.list_files(f"{folder}/tiny")
+        first = storage.size_bytes(file)
+        tracker.log({"loss": 0.25}, step=2)
+    (file,) = storage.list_files(f"{folder}/tiny")
+    assert storage.size_bytes(file) > first > 0
+    (tmp_path / "tiny").mkdir()
+    (tmp_path / "tiny" / file.rsplit("/", 1)[-1]).write_bytes(storage.read_bytes(file))
+    assert scalars(tmp_path / "tiny") == {("loss", 1): 0.5, ("loss", 2): 0.25}
