@@ -102,7 +102,8 @@ class TensorBoard(_Tracker):
         self._url = storage.join(folder, run)
         self._scratch = None if storage.is_local(folder) else tempfile.TemporaryDirectory(prefix="dualvla-")
         here = self._url if self._scratch is None else self._scratch.name
-        self._writer = module.SummaryWriter(here, purge_step=first or None)
+        # Its files are named by the second: one that goes on at once must not write over the one before.
+        self._writer = module.SummaryWriter(here, purge_step=first or None, filename_suffix=f".{first}")
 
     def _log(self, figures: Mapping[str, float], step: int) -> None:
         for name, value in figures.items():
