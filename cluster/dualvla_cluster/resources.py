@@ -13,6 +13,7 @@ import json
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from types import NoneType
 from typing import Literal
 
 from dualvla.config import from_dict
@@ -256,24 +257,24 @@ class _Unsaid(int):
     """A default of an option, told from the same number given on the command line."""
 
 
-def add_profile(parser: argparse.ArgumentParser) -> None:
-    """`--profile`, after the options that it gives another default (`--workers`)."""
+def add_profile(parser: argparse.ArgumentParser, count: str = "workers") -> None:
+    """`--profile`, after the options that it gives another default. count: the one with the number of workers."""
     parser.add_argument(
         "--profile",
         default=os.environ.get(VARIABLE),
         metavar="NAME",
         help=f"machines and workers: laptop, node8, nodes:N, spot:N or a JSON file (default: {VARIABLE}, or none)",
     )
-    count = parser.get_default("workers")
-    if count is not None:
-        parser.set_defaults(workers=_Unsaid(count))
+    number = parser.get_default(count)
+    if number is not None:
+        parser.set_defaults(**{count: _Unsaid(number)})
 
 
 _reserved: dict[str, tuple[Work, bool]] = {}  # of the command that this process runs; whether the pool may grow
 
 
-def apply_profile(arguments: argparse.Namespace, stage: str) -> None:
-    """What the profile says of the stage: the number of workers and GPUs unless given, and what each reserves.
+def apply_profile(arguments: argparse.Namespace, stage: str, count: str = "workers") -> None:
+    """What the profile says of the stage: the number of workers, CPUs and GPUs unless given, and what each reserves.
 
     Raises: UsageError for an unknown profile.
     """
@@ -282,12 +283,13 @@ def apply_profile(arguments: argparse.Namespace, stage: str) -> None:
         return
     profile = get_profile(arguments.profile)
     work = profile.work(stage)
-    if arguments.workers is None or isinstance(arguments.workers, _Unsaid):
-        arguments.workers = work.workers
-    if "gpus" in arguments and arguments.gpus is None:
-        arguments.gpus = work.gpus
+    if isinstance(getattr(arguments, count), (_Unsaid, NoneType)):
+        setattr(arguments, count, work.workers)
+    for name in ("cpus", "gpus"):
+        if name in arguments and getattr(arguments, name) is None:
+            setattr(arguments, name, getattr(work, name))
     pool = profile.pools[work.pool]
-    _reserved[stage] = replace(work, workers=arguments.workers), pool.least < pool.most
+    _reserved[stage] = replace(work, workers=getattr(arguments, count)), pool.least < pool.most
 
 
 def reservation(stage: str, cpus: float, gpus: float = 0.0) -> dict[str, float]:

@@ -14,6 +14,7 @@ from dualvla.config import to_dict
 from dualvla.errors import UsageError
 from dualvla_cluster import resources
 from dualvla_cluster.resources import STAGES, Pool, Profile, Work, add_profile, apply_profile, get_profile, place
+from dualvla_serve.commands import serve
 
 
 @pytest.mark.parametrize("name", ["laptop", "node8", "nodes:1", "nodes:16", "spot:3"])
@@ -95,6 +96,14 @@ def test_what_is_said_wins_over_the_profile(argv: list[str], workers: int, gpus:
     assert (arguments.workers, arguments.gpus) == (workers, gpus)
     apply_profile(parsed(), "train")  # leaves nothing behind
     assert resources.reservation("train", cpus=0.5) == {"num_cpus": 0.5, "num_gpus": 0.0}
+
+
+def test_an_endpoint_takes_replicas_and_shares_from_the_profile() -> None:
+    parser = argparse.ArgumentParser()
+    serve.add_endpoint_options(parser)
+    scaling = serve.endpoint_config(parser.parse_args(["--profile", "node8", "--cpus", "3"])).scaling
+    assert (scaling.replicas, scaling.gpus, scaling.cpus) == (8, 1.0, 3.0)
+    assert serve.endpoint_config(parser.parse_args([])).scaling.replicas == 1
 
 
 def test_a_profile_goes_through_a_file(tmp_path: Path) -> None:

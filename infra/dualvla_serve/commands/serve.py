@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from dualvla.cli import Command
 from dualvla.errors import ServerError, UsageError
+from dualvla_cluster.resources import add_profile, apply_profile
 
 if TYPE_CHECKING:
     from dualvla_serve.config import EndpointConfig
@@ -41,6 +42,7 @@ def add_endpoint_options(parser: argparse.ArgumentParser) -> None:
     add("--autoscale", metavar="LEAST:MOST", help="replicas follow the queue between these numbers")
     add("--cpus", type=float, help="CPUs that Ray reserves for a replica; fractions allowed")
     add("--gpus", type=float, help="GPUs for a replica; fractions allowed; more than 0 puts the policy on CUDA")
+    add_profile(parser, count="replicas")
     add(
         "--embodiment",
         help="limits of actions: a name or JSON file (docs/serving.md); generic if not given",
@@ -88,6 +90,7 @@ def endpoint_config(arguments: argparse.Namespace) -> EndpointConfig:
 
     if bool(arguments.cert) != bool(arguments.key_file):
         raise UsageError("TLS needs a certificate and its key.", "pass both --cert and --key-file")
+    apply_profile(arguments, "serve", count="replicas")
     least, most = _range(arguments.autoscale, ":", "--autoscale") if arguments.autoscale else (0, 0)
     sizes = {"cpus": arguments.cpus, "gpus": arguments.gpus}
     given = {
