@@ -18,10 +18,11 @@ import shutil
 import tempfile
 import time
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -49,6 +50,8 @@ from dualvla_pipelines.samples import Sampler, TrainRows
 from dualvla_pipelines.watch import Watch, by_domain
 
 log = logging.getLogger(__name__)
+
+T = TypeVar("T")
 
 _STATE = "state"  # DeepSpeed's folder inside a resume state
 _RESHAPED = ".reshaped"  # a resume state of another number of workers, on its way in
@@ -107,19 +110,23 @@ def train(job: TrainJob) -> None:
 
     first, skipped = (found.saved.step, found.saved.facts.get("skipped", 0)) if found is not None else (0, 0)
     watch = Watch(engine.module, job.config, engine.device)
+
+    def make(step: int) -> tuple[dict[str, Tensor], list[int]]:
+        samples = [
+            rows.sample(domain, row, model_config.horizon, job.config.use_reasoning)
+            for domain, row in sampler.batch(step)[rank::world]
+        ]
+        return _collate(processor, samples, teachers, job.seed, step), [sample.key for sample in samples]
+
     with _record(job, first) or contextlib.nullcontext() as record:
-        for step in range(first, job.last_step):
-            started = time.perf_counter()
-            samples = [
-                rows.sample(domain, row, model_config.horizon, job.config.use_reasoning)
-                for domain, row in sampler.batch(step)[rank::world]
-            ]
-            batch = _on(engine.device, _collate(processor, samples, teachers, job.seed, step))
+        started = time.perf_counter()
+        for step, (batch, keys) in _ahead(make, first, job.last_step):
+            batch = _on(engine.device, batch)
             metrics, counts = _step(engine, batch, micro_batches, teachers, job, step, watch)
             if math.isfinite(metrics["loss"]) and math.isfinite(metrics["grad_norm"]):
                 averages.update(step)
             elif job.config.on_bad_loss == "stop":
-                _give_up(job, step, metrics, batch, [sample.key for sample in samples])
+                _give_up(job, step, metrics, batch, keys)
             else:
                 skipped += 1
                 log.warning("step %d: a loss or gradient is not finite: skipped, %d so far", step + 1, skipped)
@@ -132,9 +139,21 @@ def train(job: TrainJob) -> None:
                 if record is not None:
                     record.settle()
                 _save(job, engine, averages, step + 1, skipped)
+            started = time.perf_counter()
     if job.last_step == job.config.steps:
         _export(job, engine, averages, processor, model_config, rows)
     engine.destroy()
+
+
+def _ahead(make: Callable[[int], T], first: int, last: int) -> Iterator[tuple[int, T]]:
+    """(step, make(step)) of steps [first, last), each made in a thread while the one before is used."""
+    with ThreadPoolExecutor(1, thread_name_prefix="batches") as pool:
+        following = pool.submit(make, first) if first < last else None
+        for step in range(first, last):
+            assert following is not None
+            made = following.result()
+            following = pool.submit(make, step + 1) if step + 1 < last else None
+            yield step, made
 
 
 def make_sampler(job: TrainJob, rows: TrainRows) -> Sampler:
