@@ -42,7 +42,7 @@ _POLL_S = 0.5
 _LOOK_EVERY_S = 10.0
 _INTERRUPTED = 130
 _OVER_QUOTA = "status code 429"
-_TALKATIVE = ("ray.dashboard.modules.dashboard_sdk", "ray._private.runtime_env.packaging")
+_TALKATIVE = ("dashboard.modules.dashboard_sdk", "dashboard.modules.job.sdk", "_private.runtime_env.packaging")
 
 
 @dataclass(frozen=True)
@@ -96,7 +96,7 @@ class Jobs:
         """address: the head's dashboard, http(s)://HOST:PORT; default: RAY_API_SERVER_ADDRESS, else port 8265 here.
         ca_file: certificates that an https address is checked against (default: DUALVLA_CA_FILE, else the system's)."""
         for name in _TALKATIVE:
-            logging.getLogger(name).setLevel(logging.WARNING)
+            logging.getLogger(f"ray.{name}").setLevel(logging.WARNING)
         self._address = address or os.environ.get(ADDRESS_VARIABLE) or DEFAULT_ADDRESS
         ca_file = ca_file or os.environ.get(CA_VARIABLE)
         if ca_file is not None and not Path(ca_file).is_file():

@@ -14,7 +14,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from ray_head import running_head
+from ray_head import TOKEN, running_head
 
 from dualvla import cli
 
@@ -22,6 +22,7 @@ PAGE = (Path(__file__).parents[2] / "docs" / "operate.md").read_text()
 _RAY = '#!/bin/sh\n[ "$1" = start ] && exit 0\nexec "{ray}" "$@"\n'
 _KUBECTL = """#!/bin/sh
 case "$1 $2" in
+  "apply -f") exec test -f "$3";;
   "apply -k") exec test -f "$3/kustomization.yaml";;
   "create secret") for last; do :; done; exec test -f "${last#--from-file=token=}";;
 esac
@@ -42,11 +43,14 @@ def test_every_command_of_the_runbook_runs(tmp_path: Path) -> None:
     for name, script in (("ray", _RAY.format(ray=real / "ray")), ("kubectl", _KUBECTL)):
         (tools / name).write_text(script)
         (tools / name).chmod(0o755)
-    (tmp_path / "home").mkdir()
+    token = tmp_path / "home" / ".ray" / "auth_token"
+    token.parent.mkdir(parents=True)
+    token.write_text(TOKEN)  # which the page's first line then finds
     (tmp_path / "work").mkdir()
-    with running_head() as head:
-        env = head.env | {
-            "PATH": f"{tools}{os.pathsep}{real}{os.pathsep}{os.environ['PATH']}",
+    path = f"{tools}{os.pathsep}{real}{os.pathsep}{os.environ['PATH']}"
+    with running_head(PATH=path) as head:  # whose `python` is the one with DualVLA, as in an image
+        env = {name: value for name, value in head.env.items() if name != "RAY_AUTH_TOKEN"} | {
+            "PATH": path,
             "HOME": str(tmp_path / "home"),
             "RAY_API_SERVER_ADDRESS": head.address,
         }
@@ -57,7 +61,6 @@ def test_every_command_of_the_runbook_runs(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr[-4000:]
     assert "in all about" in done.stdout  # the dry run
     assert (tmp_path / "work" / "manifests" / "raycluster.yaml").is_file()
-    assert (tmp_path / "home" / ".ray" / "auth_token").is_file()
 
 
 def test_every_command_named_in_the_text_is_one() -> None:
