@@ -60,17 +60,21 @@ def plan(
 class PlannedController(JointController):
     """Follows one `JointPath` an environment: row k is set before substep k.
 
-    What is sent is clipped to `config.limits_rad`, as SAPIEN 2 did; what is remembered is not.
+    What is sent is clipped to `config.limits_rad`, as SAPIEN 2 did; what is remembered is not. Velocities are measured
+    as differences of positions: those of SAPIEN 3 are off by rad/s while a finger presses on something.
     """
 
     def reset(self) -> None:
         self.paths: list[JointPath] = []
         self._row = 0
+        self._positions_before: np.ndarray | None = None  # of the last substep
 
     def before_simulation_step(self) -> None:
         if not self.paths:
             return
         self._row = min(self._row + 1, self._sim_steps)
+        if self._row == self._sim_steps:
+            self._positions_before = self._positions()
         low, high = self.config.limits_rad.T
         positions = np.clip([path.positions[self._row] for path in self.paths], low, high)
         velocities = np.array([path.velocities[self._row] for path in self.paths])
@@ -96,9 +100,15 @@ class PlannedController(JointController):
 
     def _measured(self) -> tuple[np.ndarray, np.ndarray]:
         """Positions and clipped velocities of this controller's joints, [N, joints] each."""
-        speed = self.config.motion.speed
-        velocities = np.clip(self.qvel.cpu().numpy().astype(np.float64), -speed, speed)
-        return self.qpos.cpu().numpy().astype(np.float64), velocities
+        positions, speed = self._positions(), self.config.motion.speed
+        if self._positions_before is None:
+            return positions, np.zeros_like(positions)
+        sim_hz = self._sim_steps * self._control_freq
+        return positions, np.clip((positions - self._positions_before) * sim_hz, -speed, speed)
+
+    def _positions(self) -> np.ndarray:
+        """[N, joints], rad."""
+        return self.qpos.cpu().numpy().astype(np.float64)
 
 
 class PlannedToolController(PlannedController):
@@ -141,7 +151,7 @@ class PlannedGripperController(PlannedController):
 
     def reset(self) -> None:
         super().reset()
-        self.goals = self.qpos.cpu().numpy().astype(np.float64)
+        self.goals = self._positions()
         self._sent = self.goals
 
     def set_action(self, action: torch.Tensor) -> None:

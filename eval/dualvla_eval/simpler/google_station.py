@@ -24,8 +24,9 @@ _JOINT_DAMPING = 1.0
 def build_station(scene: Any, station: Station, assets: Assets) -> Articulation:
     loader = scene.create_urdf_loader()
     loader.fix_root_link = True
-    loader.name = NAME
-    articulation = loader.load(assets.path(f"custom/{station.model}.urdf"))
+    builder = loader.parse(assets.path(f"custom/{station.model}.urdf"))["articulation_builders"][0]
+    builder.initial_pose = to_sapien(station.pose)  # objects settle on it before the episode starts
+    articulation = builder.build(name=NAME)
     for joint in articulation.active_joints:
         joint.set_friction(_JOINT_FRICTION)
         joint.set_drive_properties(stiffness=0.0, damping=_JOINT_DAMPING)
