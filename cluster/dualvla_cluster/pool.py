@@ -103,6 +103,7 @@ class _Pool(Generic[Item]):
         self._waiting = deque(items)
         # In flight beside others when something died, so any of them may be at fault: each is run with nothing else.
         self._suspects: deque[Item] = deque()
+        self._alone = False  # a suspect is in flight
         self._crashes: dict[int, int] = {}
         self._actors: list[_Actor[Item]] = []
         self._failed_starts = 0
@@ -129,9 +130,9 @@ class _Pool(Generic[Item]):
         return sum(len(a.running) for a in self._actors)
 
     def _resize(self) -> None:
-        """As many actors as there is work for; the worn-out and the idle go."""
+        """As many actors as there is work for; the worn-out and the idle go, first those that do not run yet."""
         limit = self._rules.recycle_after
-        for actor in [a for a in self._actors if not a.running]:
+        for actor in sorted((a for a in self._actors if not a.running), key=lambda a: a.node is not None):
             if (limit is not None and actor.done >= limit) or len(self._actors) > self._outstanding():
                 self._drop(actor)
         while len(self._actors) < min(self._num_actors, self._outstanding()):
@@ -141,12 +142,14 @@ class _Pool(Generic[Item]):
     def _feed(self) -> None:
         """The next items to the actors with the fewest, so that all have some before one has many."""
         limit = self._rules.recycle_after
-        while self._suspects or self._waiting:
+        self._alone = self._alone and self._in_flight() > 0
+        while (self._suspects or self._waiting) and not self._alone:
             ready = [a for a in self._actors if a.node is not None and len(a.running) < self._rules.slots]
             ready = [a for a in ready if limit is None or a.done + len(a.running) < limit]
             if not ready or (self._suspects and self._in_flight()):
                 return
             actor = min(ready, key=lambda a: len(a.running))
+            self._alone = bool(self._suspects)
             item = (self._suspects or self._waiting).popleft()
             actor.running[getattr(actor.handle, self._method).remote(item)] = item
 
@@ -219,7 +222,7 @@ class _Pool(Generic[Item]):
                 continue
             log.warning("%s was interrupted and will be run again: %s", item, failure)
             console.tell("pool", "retries", 1)
-            if sure and not self._suspects:
+            if sure and self._rules.slots == 1:  # it harms nobody else
                 self._waiting.appendleft(item)
             else:
                 self._suspects.append(item)

@@ -25,7 +25,7 @@ from dualvla.io import manifest, storage
 from dualvla.policy import Policy
 from dualvla.schema import Observation, PolicySpec
 from dualvla_eval import results, versions, videos
-from dualvla_eval.asking import Answer, Batched, EpisodePolicy, Remote
+from dualvla_eval.asking import Answer, Batched, Direct, EpisodePolicy, Remote
 from dualvla_eval.conventions import Conventions
 from dualvla_eval.policies import Ablated, PolicyRef
 from dualvla_eval.rollout import EpisodeResult, Limits, run_episode
@@ -58,8 +58,8 @@ class WorkItem:
 
 @dataclass(frozen=True)
 class SimulatorConfig:
-    """folder: the evaluation folder. films: "failures" films all and keeps what was not solved. patience_s: how long a
-    remote policy may be away."""
+    """folder: the evaluation folder. patience_s: how long a remote policy may be away. only_failures: films of what was
+    solved are not kept."""
 
     folder: str
     suite: Suite
@@ -69,10 +69,13 @@ class SimulatorConfig:
     limits: Limits = field(default_factory=Limits)
     patience_s: float = 60.0
     only_failures: bool = False
+    envs: int = 1
 
 
 class SimulatorImpl:
-    """Runs episodes, as many at the same time as it is asked to, each in an environment that is used again.
+    """Runs episodes: `envs` of those that it is asked for at the same time, in environments that are used again.
+
+    One more should be at hand, so that no environment waits while a result is written and the next episode comes.
 
     hosts: handles of `Host` actors for the policies that are not loaded here: checkpoints.
     """
@@ -80,6 +83,7 @@ class SimulatorImpl:
     def __init__(self, config: SimulatorConfig, hosts: Sequence[Any] = ()):
         self._config, self._hosts = config, hosts
         self._free: deque[SimEnv] = deque()
+        self._room = asyncio.Semaphore(config.envs)
         self._loaded: dict[tuple[str, int], Policy] = {}
         self._sessions: Counter[int] = Counter()  # by host, of this simulator
         self._calls = ThreadPoolExecutor(_MAX_REMOTE_CALLS)
@@ -90,18 +94,19 @@ class SimulatorImpl:
         config, ref = self._config, item.policy
         async with self._policy(ref, item.seed) as loaded:
             policy = loaded if ref.ablation == "none" else Ablated(loaded, ref.ablation, item.seed)
-            env = self._free.popleft() if self._free else config.suite.make_env()
-            result = await run_episode(
-                policy,
-                env,
-                config.suite,
-                item.episode,
-                seed=item.seed,
-                conventions=config.conventions,
-                limits=config.limits,
-                frame_size=videos.FRAME_PX if item.filmed else None,
-            )
-            self._free.append(env)  # one in which something was raised is not used again
+            async with self._room:
+                env = self._free.popleft() if self._free else config.suite.make_env()
+                result = await run_episode(
+                    policy,
+                    env,
+                    config.suite,
+                    item.episode,
+                    seed=item.seed,
+                    conventions=config.conventions,
+                    limits=config.limits,
+                    frame_size=videos.FRAME_PX if item.filmed else None,
+                )
+                self._free.append(env)  # one in which something was raised is not used again
         await asyncio.to_thread(self._record, item, policy.spec, result)
 
     @contextlib.asynccontextmanager
@@ -119,7 +124,7 @@ class SimulatorImpl:
         if key not in self._loaded:
             self._loaded[key] = config.load_policy(ref, suite=config.suite, reasoning=config.reasoning, seed=seed)
         policy = self._loaded[key]
-        yield Remote(policy, config.patience_s, self._calls) if ref.remote else Batched(policy, max_batch=1)
+        yield Remote(policy, config.patience_s, self._calls) if ref.remote else Direct(policy)
 
     def _record(self, item: WorkItem, spec: PolicySpec, result: EpisodeResult) -> None:
         folder, suite = self._config.folder, self._config.suite

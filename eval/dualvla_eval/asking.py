@@ -120,6 +120,30 @@ class Batched:
         return await loop.run_in_executor(self._executor, self._policy.infer, observations, sessions)
 
 
+class Direct:
+    """A policy of this process that answers faster than it could wait for others: an expert, the random policy."""
+
+    def __init__(self, policy: Policy):
+        self.spec = policy.spec
+        self._policy = policy
+
+    async def ask(self, observation: Observation, session: str) -> Answer:
+        started = time.perf_counter()
+        replies: Sequence[PolicyReply | None] = self._policy.infer([observation], [session])
+        return Answer(replies[0] if replies else None, (time.perf_counter() - started) * 1e3)
+
+    def attach(self, session: str, env: SimEnv, episode: Episode) -> None:
+        if isinstance(self._policy, PrivilegedPolicy):
+            self._policy.attach(session, env, episode)
+
+    def renew(self, session: str) -> None:
+        if not isinstance(self._policy, PrivilegedPolicy):  # that one has seen it coming
+            self._policy.reset(session)
+
+    def reset(self, session: str) -> None:
+        self._policy.reset(session)
+
+
 class Remote:
     """A policy behind a network, which batches by itself: every question goes at once, in a thread of its own.
 

@@ -96,6 +96,8 @@ def run_sweep(
     if not manifest.begin(folder, results.KIND, identity, inputs):
         return {**results.read_json(storage.join(folder, results.SUMMARY)), "skipped": True}
 
+    # A built-in policy answers at once: one episode at a time keeps a simulator busy, and saves environments.
+    envs = 1 if all(ref.built_in for ref in refs) else machinery.envs_per_worker
     worker = SimulatorConfig(
         folder,
         suite,
@@ -105,6 +107,7 @@ def run_sweep(
         machinery.limits,
         machinery.patience_s,
         config.only_failures,
+        envs,
     )
     _run_items(worker, items, machinery, config.max_batch)
 
@@ -210,9 +213,8 @@ def _run_items(config: SimulatorConfig, items: Sequence[WorkItem], machinery: Ma
         return
     connect.connect()
     left = Counter(item.policy for item in pending)
-    alone = all(ref.built_in for ref in left)  # nothing to wait for: one episode at a time keeps a simulator busy
     rules = pool.Rules(
-        slots=1 if alone else machinery.envs_per_worker,
+        slots=config.envs + 1,
         recycle_after=machinery.recycle_after,
         stall_s=machinery.limits.step_s,
         retried=(SessionLostError,),
@@ -245,7 +247,7 @@ def _hosts(
     """The hosts that the policies need, and Ray's options of a simulator.
 
     On a Ray of our own all share its CPUs, whatever their number. On a cluster each takes a whole one, so that an
-    autoscaler sees what is wanted; hosts come first, as nothing goes on without them.
+    autoscaler sees what is wanted; hosts come first, as nothing goes on without them. They begin to load at once.
     """
     ours = os.environ.get("RAY_ADDRESS", "local") == "local"
     gpus = int(ray.cluster_resources().get("GPU", 0))
@@ -258,7 +260,9 @@ def _hosts(
     batch = max_batch or (_GPU_BATCH if gpus else 1)
     hosts = [make(config.suite, config.load_policy, config.reasoning, batch) for _ in range(number)]
     try:
-        ray.get([host.__ray_ready__.remote() for host in hosts])
+        loading = [host.spec.remote(ref) for host in hosts for ref in refs if ref.hosted]
+        if not ours:
+            ray.wait(loading, num_returns=len(loading))  # what loading raises comes with the first question
         yield hosts, options
     finally:
         for host in hosts:
