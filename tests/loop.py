@@ -90,8 +90,8 @@ def spoil_step_two() -> None:
 
 
 def die_while_saving(moment: str) -> None:
-    """SIGKILL of this worker, at a moment of the second save: with half a file written, with all of them and no record,
-    or with the state before the last half removed."""
+    """SIGKILL of this worker, at a moment of the second save: with half a file written, or with all of them and no
+    record."""
     from dualvla_pipelines import resume, trainer
 
     def die() -> None:
@@ -116,16 +116,9 @@ def die_while_saving(moment: str) -> None:
                 die()
 
             trainer.save_file = half
-        elif moment == "no record":
-            resume.commit = lambda *_: die()
         else:
-            assert moment == "half removed"
-
-            def half_removed(folder: str) -> None:
-                next(Path(folder).rglob("*.pt")).unlink()
-                die()
-
-            storage.remove_tree = half_removed
+            assert moment == "no record"
+            resume.commit = lambda *_: die()
 
     trainer._save = counted
 

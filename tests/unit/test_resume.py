@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 
+from dualvla.io import storage
 from dualvla_pipelines import resume
 
 
@@ -65,6 +66,22 @@ def test_a_state_whose_hashes_disagree_is_passed_over(root, tmp_path, damage):
     assert newest(root, tmp_path) == (2, "state 2")
     Path(resume.states(root)[1].url, "hashes.json").write_text("{")
     assert newest(root, tmp_path) is None
+
+
+def test_an_old_state_whose_removal_was_killed_half_way_is_no_state(root, tmp_path, monkeypatch):
+    save(root, 2)
+
+    def killed(folder):
+        next(Path(folder).rglob("*.pt")).unlink()
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(storage, "remove_tree", killed)
+        with pytest.raises(KeyboardInterrupt):
+            save(root, 4, keep=1)
+    assert [saved.step for saved in resume.states(root)] == [4]
+    resume.discard_unfinished(root)
+    assert len(list(Path(root).iterdir())) == 1
 
 
 def test_only_what_a_worker_wants_is_looked_at(root, tmp_path):

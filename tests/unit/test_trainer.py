@@ -95,7 +95,7 @@ def test_a_bad_step_changes_no_weight_and_stops_by_default(data, tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("moment", ["half a file", "no record", "half removed"])
+@pytest.mark.parametrize("moment", ["half a file", "no record"])
 def test_a_worker_killed_while_it_saves_goes_on_from_the_state_before(data, straight, tmp_path, moment):
     job = six_steps(data, tmp_path / "killed")
     assert loop.train(job, prepare=functools.partial(loop.die_while_saving, moment)) == [-signal.SIGKILL]
