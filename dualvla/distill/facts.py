@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
+
+from dualvla.distill.alignment import token_map
 from dualvla.errors import CheckpointError, DataError
 from dualvla.models.config import ModelConfig
 from dualvla.models.processing import Processor
@@ -54,29 +58,73 @@ class TeacherFacts:
                 )
 
 
+def model_facts(config: ModelConfig) -> dict[str, Any]:
+    """What the inputs and outputs of a teacher and its student must have in common, JSON-ready."""
+    return {
+        "head": config.head.kind,
+        "horizon": config.horizon,
+        "action_size": config.actions.size,
+        "cameras": list(config.cameras),
+        "image_size": config.image_size,
+        "proprio_dim": config.proprio_dim,
+        "vocab_size": config.backbone_config["text_config"]["vocab_size"],
+    }
+
+
 def check_teacher(config: ModelConfig, processor: Processor, student: Processor, folder: str) -> None:
     """Whether a teacher in `folder` can teach: it reads the student's batches, and its targets are the student's.
 
     Raises: CheckpointError with the reason.
     """
-    ours, theirs = student.fingerprints(), processor.fingerprints()
-    for name, value in ours.items():
-        if theirs[name] != value:
-            reason = f"its {name} is another than the student's"
-            if name == "tokenizer":
-                reason += (
-                    f" ({processor.vocab_size} and {student.vocab_size} words): its probabilities are of other words"
-                )
-            raise CheckpointError(
-                f"'{folder}' cannot be a teacher here: {reason}.", "take a teacher of the same recipe and data"
-            )
-    mine = (student.config.head.kind, student.config.horizon, student.config.actions.size)
-    other = (config.head.kind, config.horizon, config.actions.size)
-    if mine != other:
+    if align_teacher(config, processor, student, folder) is not None:
         raise CheckpointError(
-            f"'{folder}' cannot be a teacher here: its head, horizon and action size are {other}, not {mine}.",
+            f"'{folder}' cannot be a teacher here: its tokenizer numbers the student's words otherwise.",
+            "ask it online (without a teacher cache), where ids are aligned",
+        )
+
+
+def align_teacher(config: ModelConfig, processor: Processor, student: Processor, folder: str) -> np.ndarray | None:
+    """As `check_teacher`, but a tokenizer may number the same words otherwise: then the student's id -> the teacher's,
+    int64 [V]; None if there is nothing to align."""
+    facts = model_facts(config)
+    return align(
+        student, facts, processor.fingerprints(), processor.tokenizer.to_str, f"'{folder}' cannot be a teacher here"
+    )
+
+
+def align(
+    student: Processor,
+    model: Mapping[str, Any],
+    fingerprints: Mapping[str, str],
+    tokenizer: Callable[[], str],
+    where: str,
+) -> np.ndarray | None:
+    """`align_teacher` by facts alone. model: of `model_facts`; tokenizer: fetches the teacher's, if it must be known.
+
+    Raises: CheckpointError with the reason.
+    """
+    ours = model_facts(student.config)
+    for name, value in ours.items():
+        if name != "vocab_size" and model.get(name) != value:
+            raise CheckpointError(
+                f"{where}: its {name} is {model.get(name)!r:.60}, the student's {value!r:.60}.",
+                "take a teacher of the same recipe",
+            )
+    prints = student.fingerprints()
+    found = None
+    if fingerprints.get("tokenizer") != prints["tokenizer"]:
+        found = token_map(student.tokenizer.to_str(), tokenizer(), ours["vocab_size"], where)
+    for name, value in prints.items():
+        if name != "tokenizer" and fingerprints.get(name) != value:
+            raise CheckpointError(
+                f"{where}: its {name} is another than the student's.", "take a teacher of the same recipe and data"
+            )
+    if model.get("vocab_size") != ours["vocab_size"]:
+        raise CheckpointError(
+            f"{where}: it has {model.get('vocab_size')!r:.20} token ids, the student {ours['vocab_size']}.",
             "take a teacher of the same recipe",
         )
+    return found
 
 
 def _plain(values: dict[str, Any]) -> dict[str, Any]:

@@ -9,8 +9,11 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Protocol
 
+import numpy as np
 import torch
 from torch import Tensor
+
+from dualvla.distill.alignment import ids_for_teacher
 
 Forward = Callable[..., dict[str, Tensor]]  # a VLA's forward(batch, mode=...)
 
@@ -42,6 +45,21 @@ class ReasoningTeacher:
 
     def targets(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
         return _on_rows(self.model, "logits", batch, ~batch["robot"])
+
+
+@dataclass(frozen=True)
+class Aligned:
+    """A teacher whose tokenizer numbers the same words otherwise, as one with the student's numbers.
+
+    mapping: of `alignment.token_map`.
+    """
+
+    model: Forward
+    mapping: np.ndarray
+
+    def __call__(self, batch: dict[str, Tensor], mode: str) -> dict[str, Tensor]:
+        found = self.model(ids_for_teacher(batch, self.mapping), mode=mode)
+        return {n: t[..., torch.from_numpy(self.mapping)] if n == "logits" else t for n, t in found.items()}
 
 
 @dataclass(frozen=True)

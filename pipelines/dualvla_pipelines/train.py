@@ -18,6 +18,7 @@ from dualvla.errors import UsageError
 from dualvla.io import manifest, storage
 from dualvla.io.tracking import check_tracker
 from dualvla.models.config import ModelConfig
+from dualvla.wire.teacher import SCHEMES
 from dualvla_pipelines.recipes import STAGES, Domain, Stage, TrainConfig, get_recipe
 from dualvla_pipelines.record import METRICS, tracker_settings
 
@@ -32,6 +33,7 @@ def train(
     *,
     init: str | None = None,
     action_teacher: str | None = None,
+    reasoning_teacher: str | None = None,
     teacher_cache: str | None = None,
     workers: int = 1,
     threads: int | None = None,
@@ -53,20 +55,23 @@ def train(
     chosen = override(get_recipe(recipe), assignments)
     config = chosen.stage(stage)
     config.micro_batches(workers)
-    _check_inputs(stage, init, action_teacher, teacher_cache)
+    _check_inputs(stage, init, action_teacher, reasoning_teacher, teacher_cache)
     out = _absolute(out)
     trackers = tracker_settings(track, out)
     for setting in trackers:
         check_tracker(setting)
-    folders = {"data": data, "init": init, "action_teacher": action_teacher, "teacher_cache": teacher_cache}
-    given = {name: _absolute(folder) for name, folder in folders.items() if folder is not None}
-    for name in given.keys() & {"init", "action_teacher"}:
+    teachers = {"action_teacher": action_teacher, "reasoning_teacher": reasoning_teacher}
+    folders = {"data": data, "init": init, **teachers, "teacher_cache": teacher_cache}
+    everything = {name: _absolute(folder) for name, folder in folders.items() if folder is not None}
+    remote = {name: url for name, url in everything.items() if name in teachers and url.startswith(SCHEMES)}
+    given = {name: folder for name, folder in everything.items() if name not in remote}
+    for name in given.keys() & {"init", *teachers}:
         manifest.require(given[name], KIND)
     if manifest.read(out) is None:
         _check_fit(stage, chosen.model, given)
         _check_cache(config, given)
     key = {"stage": stage, "train": to_dict(config), "model": to_dict(chosen.model), "seed": seed}
-    inputs = manifest.input_digests(given)
+    inputs = manifest.input_digests(given) | _served(given, remote)
     result = {"stage": stage, "out": out, "steps": config.steps}
     if not manifest.begin(out, KIND, key, inputs):
         return {**result, "skipped": True, "last": _last_metrics(out)}
@@ -85,7 +90,8 @@ def train(
         trackers=trackers,
         data=given["data"],
         init=given.get("init"),
-        action_teacher=given.get("action_teacher"),
+        action_teacher=everything.get("action_teacher"),
+        reasoning_teacher=everything.get("reasoning_teacher"),
         teacher_cache=given.get("teacher_cache"),
     )
     launch.run(job, workers, gpus)
@@ -104,7 +110,13 @@ def render(result: dict[str, Any]) -> str:
     return f"{result['stage']}: {state}: {result['out']}\n{losses}"
 
 
-def _check_inputs(stage: Stage, init: str | None, action_teacher: str | None, teacher_cache: str | None) -> None:
+def _check_inputs(
+    stage: Stage,
+    init: str | None,
+    action_teacher: str | None,
+    reasoning_teacher: str | None,
+    teacher_cache: str | None,
+) -> None:
     if stage != "specialist" and init is None:
         previous = STAGES[STAGES.index(stage) - 1]
         raise UsageError(f"Stage '{stage}' needs --init.", f"pass the checkpoint of stage '{previous}'")
@@ -113,8 +125,32 @@ def _check_inputs(stage: Stage, init: str | None, action_teacher: str | None, te
             "Stage 'dual' needs --action-teacher." if stage == "dual" else f"Stage '{stage}' has no action teacher.",
             "pass the specialist's checkpoint to stage 'dual', and to no other",
         )
-    if stage != "dual" and teacher_cache is not None:
-        raise UsageError(f"Stage '{stage}' has no teachers.", "leave --teacher-cache to stage 'dual'")
+    if stage != "dual" and (teacher_cache is not None or reasoning_teacher is not None):
+        raise UsageError(
+            f"Stage '{stage}' has no teachers.", "leave --teacher-cache and --reasoning-teacher to stage 'dual'"
+        )
+    for teacher in (action_teacher, reasoning_teacher):
+        if teacher_cache is not None and teacher is not None and teacher.startswith(SCHEMES):
+            raise UsageError(
+                f"A teacher cache beside the served teacher {teacher}.", "pass the checkpoint that the cache is of"
+            )
+
+
+def _served(folders: Mapping[str, str], remote: Mapping[str, str]) -> dict[str, str]:
+    """Input name -> digest of the checkpoint that is served there, after looking whether it can teach."""
+    if not remote:
+        return {}
+    from dualvla.distill.remote import RemoteTeacher
+    from dualvla.models.checkpoint import load_config
+    from dualvla.models.processing import Processor
+
+    student = Processor.load(folders["init"], load_config(folders["init"]))
+    found = {}
+    for name, url in remote.items():
+        teacher = RemoteTeacher(url, "robot" if name == "action_teacher" else "multimodal", student)
+        teacher.close()
+        found[name] = teacher.checkpoint
+    return found
 
 
 def _check_fit(stage: Stage, model: ModelConfig, folders: Mapping[str, str]) -> None:
@@ -125,7 +161,7 @@ def _check_fit(stage: Stage, model: ModelConfig, folders: Mapping[str, str]) -> 
     from dualvla_pipelines.samples import TrainRows
 
     check_fit(model, TrainRows.load(folders["data"], sample=True).facts, folders["data"])
-    for name in folders.keys() & {"init", "action_teacher"}:
+    for name in folders.keys() & {"init", "action_teacher", "reasoning_teacher"}:
         check_architecture(prepare(load_config(folders[name]), stage), prepare(model, stage), folders[name])
 
 
@@ -136,7 +172,8 @@ def _check_cache(config: TrainConfig, folders: Mapping[str, str]) -> None:
     from dualvla.models.checkpoint import load_config
     from dualvla.models.processing import Processor
 
-    both: dict[Domain, str] = {"robot": folders["action_teacher"], "multimodal": folders["init"]}
+    reasoning = folders["reasoning_teacher" if "reasoning_teacher" in folders else "init"]
+    both: dict[Domain, str] = {"robot": folders["action_teacher"], "multimodal": reasoning}
     model = load_config(folders["init"])
     load_cache(
         folders["teacher_cache"],

@@ -30,9 +30,10 @@ from safetensors.torch import load_file, save, save_file
 from torch import Tensor
 
 from dualvla.distill.cache import TeacherCache, load_cache
-from dualvla.distill.facts import check_teacher
+from dualvla.distill.facts import align_teacher
+from dualvla.distill.remote import RemoteTeacher
 from dualvla.distill.step import training_loss
-from dualvla.distill.teachers import Teacher, Teachers
+from dualvla.distill.teachers import ActionTeacher, Aligned, ReasoningTeacher, Teacher, Teachers
 from dualvla.errors import CheckpointError, TrainingError
 from dualvla.io import storage
 from dualvla.models.checkpoint import load_config, load_model, save_checkpoint
@@ -40,6 +41,7 @@ from dualvla.models.config import ModelConfig, thinking_as_often
 from dualvla.models.processing import Processor, Sample
 from dualvla.models.stages import apply_stage, prepare
 from dualvla.models.vla import LOSS_TERMS, VLA, loss_counts
+from dualvla.wire import teacher as wire
 from dualvla_pipelines import resume, zero
 from dualvla_pipelines.conflict import gradient_conflict
 from dualvla_pipelines.fit import check_architecture, check_fit
@@ -62,9 +64,10 @@ _NEARLY_FULL_BYTES = 1 << 20
 class TrainJob:
     """One run of `dualvla train`, as every worker gets it. Folders are absolute.
 
-    init: the checkpoint that training starts from (the reasoning teacher of the dual stage too). action_teacher: of the
-    dual stage. teacher_cache: what both have said, read instead of asking them at every step. stop_after: leave the run
-    resumable after this step. threads: of PyTorch, a worker. trackers: settings of `dualvla.io.tracking`.
+    init: the checkpoint that training starts from. action_teacher, reasoning_teacher (None: init): of the dual stage,
+    checkpoints or the addresses of served ones. teacher_cache: what both have said, read instead of asking them at
+    every step. stop_after: leave the run resumable after this step. threads: of PyTorch, a worker. trackers: settings
+    of `dualvla.io.tracking`.
     """
 
     stage: Stage
@@ -75,6 +78,7 @@ class TrainJob:
     seed: int
     init: str | None = None
     action_teacher: str | None = None
+    reasoning_teacher: str | None = None
     teacher_cache: str | None = None
     stop_after: int | None = None
     threads: int = 1
@@ -189,13 +193,24 @@ def load_teachers(job: TrainJob, device: torch.device) -> Teacher | None:
     assert job.init is not None
     config = load_config(job.init)
     student = Processor.load(job.init, config)
-    both: dict[Domain, str] = {"robot": job.action_teacher, "multimodal": job.init}
-    folders = {domain: both[domain] for domain in job.config.taught}
+    both: dict[Domain, str] = {"robot": job.action_teacher, "multimodal": job.reasoning_teacher or job.init}
+    sources = {domain: both[domain] for domain in job.config.taught}
+    temperature = job.config.losses.temperature
     if job.teacher_cache is not None:
-        temperature = job.config.losses.temperature
-        return load_cache(job.teacher_cache, teachers=folders, student=student, config=config, temperature=temperature)
-    models = {domain: _frozen(folder, student, device) for domain, folder in folders.items()}
-    return Teachers.in_process(action=models.get("robot"), reasoning=models.get("multimodal"))
+        return load_cache(job.teacher_cache, teachers=sources, student=student, config=config, temperature=temperature)
+    found = {domain: _teacher(domain, source, student, temperature, device) for domain, source in sources.items()}
+    return Teachers(action=found.get("robot"), reasoning=found.get("multimodal"))
+
+
+def _teacher(domain: Domain, source: str, student: Processor, temperature: float, device: torch.device) -> Teacher:
+    """source: a checkpoint folder, or the address of one that is served elsewhere."""
+    if source.startswith(wire.SCHEMES):
+        return RemoteTeacher(source, domain, student, temperature=temperature)
+    model, processor, config = load_model(source)
+    mapping = align_teacher(config, processor, student, source)
+    frozen = model.eval().requires_grad_(False).to(device)
+    asked = frozen if mapping is None else Aligned(frozen, mapping)
+    return ActionTeacher(asked) if domain == "robot" else ReasoningTeacher(asked)
 
 
 def _collate(
@@ -205,12 +220,6 @@ def _collate(
     if isinstance(teachers, TeacherCache):
         return teachers.collate(processor, samples, seed, step)
     return processor.collate(samples, seed=seed, step=step)
-
-
-def _frozen(folder: str, student: Processor, device: torch.device) -> VLA:
-    model, processor, config = load_model(folder)
-    check_teacher(config, processor, student, folder)
-    return model.eval().requires_grad_(False).to(device)
 
 
 def _on(device: torch.device, batch: dict[str, Tensor]) -> dict[str, Tensor]:

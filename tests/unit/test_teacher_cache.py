@@ -20,6 +20,7 @@ from dualvla.distill.step import training_loss
 from dualvla.distill.teachers import Teachers
 from dualvla.errors import CheckpointError, DataError, UsageError
 from dualvla.io import manifest
+from dualvla.models import backbone as backbones
 from dualvla.models.config import HeadConfig, LossWeights, ModelConfig
 from dualvla.models.processing import Processor, Sample
 from dualvla.models.stages import prepare
@@ -266,6 +267,7 @@ def test_a_damaged_or_partial_cache_is_refused(school: School, tmp_path: Path) -
 
 def test_a_teacher_with_another_tokenizer_is_refused_with_the_reason() -> None:
     config = fakes.config()
+    config = dataclasses.replace(config, backbone_config=backbones.resolve(config, 300))
     student = fakes.processor(config)
     other = Processor.fit(config, ["quite other words"] * 9, np.zeros((2, 7)), np.zeros((2, 3)), np.zeros((2, 3)))
     with pytest.raises(CheckpointError, match=r"'/teacher' cannot be a teacher here: its tokenizer .*\d+ words"):

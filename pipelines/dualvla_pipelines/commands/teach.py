@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import logging
 import os
 from typing import Any
 
@@ -10,10 +11,12 @@ from dualvla.cli import Command
 from dualvla.errors import UsageError
 from dualvla_cluster.resources import add_profile, apply_profile
 
+log = logging.getLogger(__name__)
+
 
 def _configure(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("data", metavar="DATA", help="data set folder; its training rows are asked about")
-    parser.add_argument("out", metavar="OUT", help="cache folder to make; goes on with what is there")
+    parser.add_argument("data", metavar="DATA", nargs="?", help="data set folder; its training rows are asked about")
+    parser.add_argument("out", metavar="OUT", nargs="?", help="cache folder to make; goes on with what is there")
     parser.add_argument("--action-teacher", metavar="C", help="the specialist's checkpoint (Eq. 5)")
     parser.add_argument("--reasoning-teacher", metavar="C", help="the checkpoint that stage dual starts from (Eq. 6)")
     parser.add_argument("--top-k", type=int, default=50, help="likeliest tokens kept at every position of an answer")
@@ -23,9 +26,21 @@ def _configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--seed", type=int, default=0, help="of the views")
     parser.add_argument("--workers", type=int, default=os.cpu_count() or 1, help="processes; changes no result")
     add_profile(parser)
+    parser.add_argument(
+        "--serve",
+        metavar="C",
+        help="no cache: answer students elsewhere (`train --action-teacher ws://...`) with this checkpoint until"
+        " Ctrl-C; those on other machines need the key in DUALVLA_TEACHER_KEY",
+    )
+    parser.add_argument("--host", default="127.0.0.1", help="address that --serve listens on")
+    parser.add_argument("--port", type=int, default=8020, help="port that --serve listens on; 0: any free one")
 
 
 def _run(arguments: argparse.Namespace) -> dict[str, Any]:
+    if arguments.serve is not None:
+        return _serve(arguments)
+    if arguments.data is None or arguments.out is None:
+        raise UsageError("teach needs DATA and OUT.", "or --serve C, to answer students elsewhere")
     apply_profile(arguments, "teach")
     if arguments.workers < 1:
         raise UsageError(f"--workers {arguments.workers} is not a number of workers.", "pass 1 or more")
@@ -42,6 +57,23 @@ def _run(arguments: argparse.Namespace) -> dict[str, Any]:
         ),
         workers=arguments.workers,
     )
+
+
+def _serve(arguments: argparse.Namespace) -> dict[str, Any]:
+    """Until interrupted."""
+    if arguments.data is not None:
+        raise UsageError(f"--serve beside a data set '{arguments.data}'.", "make a cache, or serve: one of them")
+    import torch
+
+    from dualvla.distill.teacher_server import KEY_VARIABLE, TeacherService, serving
+
+    service = TeacherService(arguments.serve, "cuda" if torch.cuda.is_available() else "cpu")
+    key = os.environ.get(KEY_VARIABLE)
+    with serving(service, arguments.host, arguments.port, key) as server:
+        host, port = server.socket.getsockname()[:2]
+        log.info("teacher %s listens on ws://%s:%d (%s)", arguments.serve, host, port, "key" if key else "no key")
+        server.serve_forever()
+    return {}
 
 
 def _render(result: Any) -> str:

@@ -18,7 +18,12 @@ def _configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--data", required=True, help="data set folder (pruned, for the dual stage)")
     parser.add_argument("--out", required=True, help="checkpoint folder to make, or a URL such as s3://bucket/run")
     parser.add_argument("--init", help="checkpoint to start from (reasoning, dual)")
-    parser.add_argument("--action-teacher", help="the specialist's checkpoint (dual)")
+    parser.add_argument(
+        "--action-teacher", metavar="C | ws://...", help="the specialist's checkpoint, or where it is served (dual)"
+    )
+    parser.add_argument(
+        "--reasoning-teacher", metavar="C | ws://...", help="the same of the reasoning teacher (default: --init) (dual)"
+    )
     parser.add_argument("--teacher-cache", metavar="DIR", help="what `dualvla teach` has made of both teachers (dual)")
     parser.add_argument("--workers", type=int, default=1, help="ZeRO-3 shards; changes losses by rounding only")
     parser.add_argument(
@@ -55,6 +60,7 @@ def _run(arguments: argparse.Namespace) -> dict[str, Any]:
         arguments.out,
         init=arguments.init,
         action_teacher=arguments.action_teacher,
+        reasoning_teacher=arguments.reasoning_teacher,
         teacher_cache=arguments.teacher_cache,
         workers=arguments.workers,
         threads=arguments.threads,
