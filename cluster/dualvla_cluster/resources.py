@@ -14,7 +14,7 @@ import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from types import NoneType
-from typing import Literal
+from typing import Any, Literal
 
 from dualvla.config import from_dict
 from dualvla.errors import PlatformError, UsageError, did_you_mean
@@ -270,7 +270,7 @@ def add_profile(parser: argparse.ArgumentParser, count: str = "workers") -> None
         parser.set_defaults(**{count: _Unsaid(number)})
 
 
-_reserved: dict[str, tuple[Work, bool]] = {}  # of the command that this process runs; whether the pool may grow
+_reserved: dict[str, tuple[Work, bool]] = {}  # of the command that this process runs; whether machines may yet come
 
 
 def apply_profile(arguments: argparse.Namespace, stage: str, count: str = "workers") -> None:
@@ -292,7 +292,7 @@ def apply_profile(arguments: argparse.Namespace, stage: str, count: str = "worke
     _reserved[stage] = replace(work, workers=getattr(arguments, count)), pool.least < pool.most
 
 
-def reservation(stage: str, cpus: float, gpus: float = 0.0) -> dict[str, float]:
+def reservation(stage: str, cpus: float, gpus: float = 0.0) -> dict[str, Any]:
     """Ray's options of a worker of this stage: what the profile says, else the stage's own `cpus` and `gpus`.
 
     Raises: PlatformError if the connected cluster can never place all workers that the profile names.
@@ -302,8 +302,13 @@ def reservation(stage: str, cpus: float, gpus: float = 0.0) -> dict[str, float]:
     work, grows = _reserved[stage]
     if not grows:
         require(stage, work)
-    memory = {"memory": work.memory_gb * GB} if work.memory_gb else {}
-    return {"num_cpus": work.cpus, "num_gpus": work.gpus, **memory}
+        _reserved[stage] = work, True  # a machine that is lost later will be replaced: then workers wait for it
+    options: dict[str, Any] = {"num_cpus": work.cpus, "num_gpus": work.gpus}
+    if work.memory_gb:
+        options["memory"] = work.memory_gb * GB
+    if work.placement == "SPREAD":
+        options["scheduling_strategy"] = "SPREAD"
+    return options
 
 
 def require(stage: str, work: Work) -> None:

@@ -144,7 +144,12 @@ def _fit(job: TrainJob, workers: int, gpus: float) -> None:
         trainer.train,
         train_loop_config=job,
         torch_config=TorchConfig(backend="nccl" if gpus else "gloo"),
-        scaling_config=ScalingConfig(num_workers=workers, use_gpu=gpus > 0, resources_per_worker=resources),
+        scaling_config=ScalingConfig(
+            num_workers=workers,
+            use_gpu=gpus > 0,
+            resources_per_worker=resources,
+            placement_strategy=share.get("scheduling_strategy", "PACK"),
+        ),
         run_config=RunConfig(
             storage_path=_ray_folder(job),
             name=job.stage,

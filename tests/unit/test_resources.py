@@ -106,6 +106,23 @@ def test_an_endpoint_takes_replicas_and_shares_from_the_profile() -> None:
     assert serve.endpoint_config(parser.parse_args([])).scaling.replicas == 1
 
 
+def test_a_reservation_is_what_the_profile_says(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Looked for once: a machine that is lost later will be replaced, and its workers wait for the new one."""
+    asked: list[str] = []
+    monkeypatch.setattr(resources, "require", lambda stage, work: asked.append(stage))
+    for stage in ("eval", "train"):
+        apply_profile(parsed("--profile", "nodes:2"), stage)
+    spread = {"num_cpus": 2.0, "num_gpus": 0.25, "memory": 16e9, "scheduling_strategy": "SPREAD"}
+    assert [resources.reservation("eval", cpus=0.1) for _ in range(2)] == [spread, spread]
+    assert "scheduling_strategy" not in resources.reservation("train", cpus=0.5)  # packed, as Ray Train does
+    assert asked == ["eval", "train"]
+    apply_profile(parsed("--profile", "spot:2"), "eval")
+    resources.reservation("eval", cpus=0.1)
+    assert asked == ["eval", "train"]  # a pool that grows is not asked for what it may become
+    for stage in ("eval", "train"):
+        apply_profile(parsed(), stage)
+
+
 def test_a_profile_goes_through_a_file(tmp_path: Path) -> None:
     file = tmp_path / "mine.json"
     file.write_text(json.dumps(to_dict(get_profile("spot:3"))))
