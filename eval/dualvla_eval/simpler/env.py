@@ -17,7 +17,7 @@ from scipy.spatial.transform import Rotation
 
 from dualvla.errors import PlatformError, PolicyError
 from dualvla_eval.sim.base import ObjectState, SceneState
-from dualvla_eval.simpler import episodes
+from dualvla_eval.simpler import episodes, google_station
 from dualvla_eval.simpler.assets import Assets
 from dualvla_eval.simpler.rules import Rules, Verdict, rules_for
 from dualvla_eval.simpler.specs import EpisodeSetup
@@ -78,6 +78,7 @@ class SimplerEnv(gymnasium.Env):
         self._phrases = {spec.model: spec.phrase for spec in setup.objects if not spec.locked}
         self._world = World(self._task)
         self._rules: Rules = rules_for(self._world)
+        self._drawers = {} if self._task.station is None else google_station.fronts(self._task.station)
         self._verdict = Verdict(False)
         self._step = 0
         self._touched: list[str] = []
@@ -165,13 +166,14 @@ class SimplerEnv(gymnasium.Env):
     def _read_state(self, previous: SceneState | None) -> SceneState:
         world, agent = self._world, self.task.agent
         objects = tuple(self._read_object(model, phrase) for model, phrase in self._phrases.items())
+        objects += self._read_drawers()
         moved = previous is not None and any(
             np.linalg.norm(np.subtract(o.position, p.position)) > _STILL_M
             for o, p in zip(objects, previous.objects, strict=True)
         )
         pairs = {tuple(sorted((self._name(c.first), self._name(c.second)))) for c in world.contacts if c.pressed}
         contacts = tuple(sorted((a, b) for a, b in pairs if a != b))
-        names = set(self._phrases.values())
+        names = {o.name for o in objects}
         for pair in contacts:
             self._touched += [n for n in pair if "robot" in pair and n in names and n not in self._touched]
         held = next((phrase for model, phrase in self._phrases.items() if world.grasped(model)), None)
@@ -200,6 +202,9 @@ class SimplerEnv(gymnasium.Env):
         """What a judge calls it."""
         if body.kind == "object":
             return self._phrases.get(body.name, "table")
+        drawer = body.name.replace("_", " ")
+        if drawer in self._drawers:
+            return drawer
         return {"robot": "robot", "stage": "table", "station": "cabinet"}[body.kind]
 
     def _read_object(self, model: str, phrase: str) -> ObjectState:
@@ -213,6 +218,24 @@ class SimplerEnv(gymnasium.Env):
             initial_position=_floats((base * sapien.Pose(world.settled_center(model))).p),
             yaw_rad=float(np.arctan2(y, x)),
             size=_floats(world.extents[model]),
+        )
+
+    def _read_drawers(self) -> tuple[ObjectState, ...]:
+        """The front plates of the cabinet's drawers, if the scene has one."""
+        if self.task.station is None:
+            return ()
+        base = self._base().inv()
+        return tuple(
+            ObjectState(
+                name=name,
+                shape="drawer",
+                color=None,
+                position=_floats((base * front).p),
+                initial_position=_floats((base * self._drawers[name]).p),
+                yaw_rad=float(np.arctan2(*(base * front).to_transformation_matrix()[[1, 0], 0])),
+                size=google_station.FRONT_SIZE_M,
+            )
+            for name, front in google_station.fronts(self.task.station).items()
         )
 
     def _observe(self) -> dict[str, Any]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
+import sapien
 import torch
 from mani_skill.utils.structs import Articulation
 
@@ -17,6 +18,9 @@ from dualvla_eval.simpler.specs import Station
 
 NAME = "cabinet"
 FLOOR_SHAPE = 2  # of a drawer's collision shapes: its interior bottom
+FRONT_SIZE_M = (0.015, 0.615, 0.14)
+_FRONT_POSE = sapien.Pose([0.305, 0, 0])
+_DRAWER = "_drawer"
 _JOINT_FRICTION = 0.05
 _JOINT_DAMPING = 1.0
 
@@ -40,6 +44,12 @@ def open_station(articulation: Articulation, station: Station) -> None:
     articulation.set_root_pose(to_sapien(station.pose))
     articulation.set_qpos(torch.as_tensor([qpos], dtype=torch.float32))
     articulation.set_qvel(torch.zeros((1, len(qpos))))
+
+
+def fronts(articulation: Articulation) -> dict[str, sapien.Pose]:
+    """Name ("top drawer") -> centre of the front plate, in the world."""
+    links = {link.name: link._objs[0].entity.pose for link in articulation.links if link.name.endswith(_DRAWER)}
+    return {name.replace("_", " "): pose * _FRONT_POSE for name, pose in links.items()}
 
 
 def travel(articulation: Articulation, joint: str) -> float:
