@@ -6,7 +6,7 @@ distill  a whole step of stage dual (data, teachers, both passes, optimiser, ave
          online teachers of the student's size, against one without distillation; three engines in one process take
          turns on the same batches
 path     a step of `dualvla train` on Ray Train, from parquet to metrics.jsonl and TensorBoard, against a bare DeepSpeed
-         loop in a process of its own over the same batches as tensors in memory; they take turns of half the steps each.
+         loop in a process of its own over the same batches as tensors in memory; they take turns of half the steps.
          Both compute with one thread; training makes its next batch in another, which needs a core to be free
 padding  share of padded positions and positions a sample with and without length-bucketed batches (counted, not timed)
 
