@@ -47,7 +47,7 @@ class StorageSettings:
     """
 
     anonymous: bool = False
-    attempts: int = 10
+    attempts: int = 14  # whatever is drawn, a store that is away for half a minute is outlasted
     timeout_s: float = 60.0
     first_wait_s: float = 0.1
     longest_wait_s: float = 10.0

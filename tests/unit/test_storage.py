@@ -212,3 +212,9 @@ def test_a_senseless_number_of_attempts_is_refused(monkeypatch: pytest.MonkeyPat
     monkeypatch.setenv("DUALVLA_STORAGE_ATTEMPTS", value)
     with pytest.raises(UsageError, match=f"DUALVLA_STORAGE_ATTEMPTS='?{value}"):
         storage.read_bytes("memory://a/b")
+
+
+def test_a_store_that_is_away_for_half_a_minute_is_outlasted_however_the_waits_are_drawn() -> None:
+    settings = storage.StorageSettings()
+    shortest = [min(settings.wait_s(failures) for _ in range(200)) for failures in range(1, settings.attempts)]
+    assert sum(shortest) > 30
