@@ -78,6 +78,7 @@ class Record:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         for tracker in self._trackers:
+            tracker.finish()  # or the last call might be one too many
             tracker.call(lambda opened: opened.close())
             tracker.finish()
         if self._store is None:

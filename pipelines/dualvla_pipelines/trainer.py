@@ -97,6 +97,10 @@ def train(job: TrainJob) -> None:
     torch.set_num_threads(job.threads)
     warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")  # DeepSpeed's own calls
     rank, world = dist.get_rank(), dist.get_world_size()
+    if dist.get_backend() == "nccl":
+        torch.cuda.set_device(
+            int(os.environ["LOCAL_RANK"])
+        )  # DeepSpeed's choice too, but workers talk before it starts
     rows = TrainRows.load(job.data)
     model, processor, model_config = build(job, rows)
     apply_stage(model, job.stage, model_config)

@@ -33,6 +33,8 @@ class Watch:
         self._fixed = image_tokens(model) + model.config.num_queries
         dtype = torch.bfloat16 if config.zero.dtype == "bf16" else torch.float32
         own = config.peak_tflops * 1e12 if config.peak_tflops else peak_flops(device, dtype)
+        if device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(device)  # what was just measured is no part of training
         peak = torch.tensor(own, dtype=torch.float64, device=device)
         dist.all_reduce(peak)
         self.peak = float(peak)

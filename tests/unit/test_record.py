@@ -92,6 +92,7 @@ def test_a_tracker_that_lags_for_ever_costs_figures_not_memory(tmp_path, monkeyp
             record.add({"step": step, "loss": 1.0})
         slow.go.set()
     assert 200 < len(slow.seen) < 300
+    assert slow.closed
     assert len(steps(tmp_path)) == 1000
 
 
