@@ -34,8 +34,8 @@ def divergence(
     mix x KL(p || m) + (1 - mix) x KL(q || m) with m = mix p + (1 - mix) q. Each is 0 iff p = q (0 < mix < 1).
     In float32, or float64 where the student's logits are.
     """
-    p = F.log_softmax(_wide(teacher_logits) / temperature, dim=-1)
-    q = F.log_softmax(_wide(student_logits) / temperature, dim=-1)
+    p = F.log_softmax(wide(teacher_logits) / temperature, dim=-1)
+    q = F.log_softmax(wide(student_logits) / temperature, dim=-1)
     if kind == "forward":
         return _kl(p, q)
     if kind == "reverse":
@@ -94,7 +94,8 @@ def _kl(p: Tensor, q: Tensor) -> Tensor:
     return F.kl_div(q, p, reduction="none", log_target=True).sum(dim=-1)
 
 
-def _wide(logits: Tensor) -> Tensor:
+def wide(logits: Tensor) -> Tensor:
+    """In float32, or float64 if they are."""
     return logits if logits.dtype == torch.float64 else logits.float()
 
 

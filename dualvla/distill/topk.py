@@ -20,7 +20,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from dualvla.distill.losses import divergence, masked_mean
+from dualvla.distill.losses import divergence, masked_mean, wide
 from dualvla.models.config import Divergence
 
 _BLOCK = 1 << 16
@@ -53,7 +53,7 @@ def top_k_kd(
     Logits [B, T, V], ids [B, T, k], teacher_p [B, T, k + 1] (the last is the tail). Never more than the forward or
     reverse divergence over all tokens; less by what student and teacher differ in *within* the tail, times its mass.
     """
-    scaled = student_logits.float() / temperature
+    scaled = wide(student_logits) / temperature
     known = scaled.gather(-1, ids)
     outcomes = torch.cat([known, _others(scaled, ids).unsqueeze(-1)], dim=-1)
     apart_BT = divergence(outcomes, teacher_p.clamp_min(_LEAST).log(), 1.0, kind, mix)

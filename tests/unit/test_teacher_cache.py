@@ -108,6 +108,19 @@ def test_a_teacher_that_the_student_equals_teaches_nothing_and_masked_tokens_nev
     assert topk.top_k_kd(student, ids, disturbed, mask, 2.0) == loss
 
 
+@pytest.mark.parametrize("kind", ["forward", "reverse", "mixed", "jensen-shannon"])
+def test_gradients_of_the_cached_divergence_match_finite_differences(kind: str) -> None:
+    teacher = torch.randn(2, 3, 12, dtype=torch.float64)
+    ids, p, tail = topk.top_k(teacher, 4, 2.0)
+    whole = torch.cat([p, tail.unsqueeze(-1)], dim=-1).double()
+    mask = torch.tensor([[True, False, True], [True, True, False]])
+    student = torch.randn(2, 3, 12, dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradcheck(
+        lambda s: topk.top_k_kd(s, ids, whole, mask, 2.0, kind=kind, mix=0.3),
+        (student,),  # type: ignore[arg-type]
+    )
+
+
 # A whole cache, of small random teachers.
 
 

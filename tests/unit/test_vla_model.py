@@ -11,7 +11,7 @@ from dualvla.distill.step import training_loss
 from dualvla.distill.teachers import Teachers
 from dualvla.errors import CheckpointError, DataError, UsageError
 from dualvla.models.config import LossWeights, ModelConfig
-from dualvla.models.processing import Batch
+from dualvla.models.processing import IGNORE, Batch
 from dualvla.models.stages import STAGES, apply_stage, group_of, prepare
 from dualvla.models.vla import LOSS_TERMS, VLA, loss_counts
 
@@ -136,6 +136,39 @@ def test_the_domain_picks_the_teacher() -> None:
     targets["velocity"][3:] = 9.0
     targets["logits"][:3] = torch.randn_like(targets["logits"][:3])
     assert torch.equal(model(batch, targets=targets)["loss"], base["loss"])
+
+
+@pytest.mark.parametrize("backbone", CLASSES)
+def test_what_is_masked_may_be_anything(backbone: str) -> None:
+    """Padded tokens, chunk steps past the end, absent proprioception, and each teacher's targets of the other domain:
+    no loss and no gradient depends on them."""
+    model, batch = _model(backbone_config=fakes.BACKBONES[backbone])
+    _shake(model)
+    teacher, _ = _model(backbone_config=fakes.BACKBONES[backbone])
+    targets = Teachers.in_process(teacher, teacher).targets(batch)
+    other = {name: tensor.clone() for name, tensor in batch.items()}
+    generator = torch.Generator().manual_seed(7)
+    for name, mask in (("instruction_ids", "instruction_mask"), ("text_ids", "text_mask")):
+        anything = torch.randint(5, 200, batch[name].shape, generator=generator)
+        other[name] = torch.where(batch[mask], batch[name], anything)
+        assert not batch[mask].all()
+    gone = ~batch["action_mask"] | ~batch["robot"].unsqueeze(1)
+    other["actions"][gone] = 3.0
+    other["proprio"][~batch["has_proprio"]] = 5.0
+    elsewhere = {name: tensor.clone() for name, tensor in targets.items()}
+    elsewhere["velocity"][~batch["robot"]] = 9.0
+    elsewhere["logits"][batch["robot"]] = 9.0
+    elsewhere["logits"][batch["labels"] == IGNORE] = -9.0
+    results = []
+    for given, wanted in ((batch, targets), (other, elsewhere)):
+        model.zero_grad()
+        out = model(given, targets=wanted)
+        out["loss"].backward()
+        results.append((out, {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}))
+    for name, term in results[0][0].items():
+        torch.testing.assert_close(results[1][0][name], term, atol=1e-6, rtol=1e-5)
+    for name, gradient in results[0][1].items():
+        torch.testing.assert_close(results[1][1][name], gradient, atol=1e-6, rtol=1e-3, msg=name)
 
 
 def test_the_student_is_compared_with_its_text_and_the_specialist_without() -> None:
