@@ -213,10 +213,11 @@ class Jobs:
 
     async def _watch(self, say: Callable[[str], object]) -> None:
         """Says what waits once it has waited twice in a row: what is placed within seconds is not worth a line."""
-        before, said = None, None
+        before, now, said = None, None, None
         while True:
             await asyncio.sleep(_LOOK_EVERY_S)
-            now = await asyncio.to_thread(self.waiting)
+            with contextlib.suppress(PlatformError):  # a head that does not answer is told by who follows the log
+                now = await asyncio.to_thread(self.waiting)
             if now is not None and now.partition(". In use")[0] == before and before != said:
                 say(now)
                 said = before
