@@ -109,12 +109,13 @@ def distill(data: str, folder: Path, recipe: str, steps: int) -> dict[str, Any]:
         "online": _dual(data, folder, recipe, []),
     }
     runners = {name: Runner(job) for name, job in jobs.items()}
+    batches = {name: trainer._ahead(runner.batch, 0, WARM_UP + steps) for name, runner in runners.items()}
     wall: dict[str, list[float]] = {name: [] for name in jobs}
     cpu: dict[str, list[float]] = {name: [] for name in jobs}
     for step in range(WARM_UP + steps):
         for name in sorted(runners, key=lambda n: (hash((n, step)), n)) if step % 2 else runners:
             started, spent = time.perf_counter(), time.process_time()
-            runners[name].whole_step(step)
+            runners[name].step(*next(batches[name]))
             if step >= WARM_UP:
                 wall[name].append(time.perf_counter() - started)
                 cpu[name].append(time.process_time() - spent)
@@ -159,8 +160,8 @@ class Runner:
         ]
         return trainer._collate(self.processor, samples, self.teachers, self.job.seed, step)
 
-    def whole_step(self, step: int) -> None:
-        trainer._step(self.engine, self.batch(step), 1, self.teachers, self.job, step, self.watch)
+    def step(self, step: int, batch: dict[str, torch.Tensor]) -> None:
+        trainer._step(self.engine, batch, 1, self.teachers, self.job, step, self.watch)
         self.averages.update(step)
 
     def bare_step(self, batch: dict[str, torch.Tensor]) -> None:
