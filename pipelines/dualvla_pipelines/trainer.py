@@ -92,15 +92,14 @@ class TrainJob:
 def train(job: TrainJob) -> None:
     """Trains `job` to its end, or to `stop_after`, going on from the newest resume state. Collective.
 
-    Raises: CheckpointError if the model does not fit the data, TrainingError if a loss is not finite.
+    Raises: CheckpointError if the model does not fit the data, TrainingError if a loss or its gradient is not finite,
+    StorageError or OutputError if what was trained cannot be kept.
     """
     torch.set_num_threads(job.threads)
     warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")  # DeepSpeed's own calls
     rank, world = dist.get_rank(), dist.get_world_size()
-    if dist.get_backend() == "nccl":
-        torch.cuda.set_device(
-            int(os.environ["LOCAL_RANK"])
-        )  # DeepSpeed's choice too, but workers talk before it starts
+    if dist.get_backend() == "nccl":  # as DeepSpeed does, but workers talk before it starts
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
     rows = TrainRows.load(job.data)
     model, processor, model_config = build(job, rows)
     apply_stage(model, job.stage, model_config)
