@@ -118,27 +118,25 @@ def test_what_is_stale_or_foreign_is_refused_before_anything_is_claimed(school, 
     assert not out.exists()
 
 
-def test_the_dual_stage_learns_the_same_from_teachers_that_are_served_elsewhere(school, tmp_path, ray_cluster):
+def test_the_dual_stage_learns_from_teachers_that_are_served_elsewhere(school, tmp_path, ray_cluster):
+    """Their targets are those of teachers in process (tests/unit/test_remote_teacher.py); here, that workers ask them."""
     services = [TeacherService(str(school / name)) for name in ("specialist", "reasoning")]
     with serving(services[0]) as one, serving(services[1]) as two:
         for server in (one, two):
             threading.Thread(target=server.serve_forever, daemon=True).start()
         urls = [f"ws://127.0.0.1:{server.socket.getsockname()[1]}" for server in (one, two)]
-        run_dual(school, tmp_path / "far", None, action_teacher=urls[0], reasoning_teacher=urls[1])
+        run_dual(school, tmp_path / "far", None, steps=1, action_teacher=urls[0], reasoning_teacher=urls[1])
         with pytest.raises(UsageError, match="A teacher cache beside the served teacher"):
             run_dual(school, tmp_path / "both", "cache", action_teacher=urls[0])
         for server in (one, two):
             server.shutdown()
-    run_dual(school, tmp_path / "near", None)
-    far, near = (
-        [json.loads(line) for line in (tmp_path / name / "metrics.jsonl").read_text().splitlines()]
-        for name in ("far", "near")
-    )
-    for ours, theirs in zip(far, near, strict=True):
-        assert ours["kd_flow"] == pytest.approx(theirs["kd_flow"], rel=1e-3)
-        assert ours["kd_token"] == pytest.approx(theirs["kd_token"], abs=0.01 * max(theirs["kd_token"], 0.4))
-    inputs = [manifest.require(str(tmp_path / name), "checkpoint")["inputs"] for name in ("far", "near")]
-    assert inputs[0]["action_teacher"] == inputs[1]["action_teacher"]  # known by its files, wherever it is
+    (line,) = [json.loads(line) for line in (tmp_path / "far" / "metrics.jsonl").read_text().splitlines()]
+    assert line["kd_flow"] >= 0
+    assert line["kd_token"] >= 0
+    assert line["kd_flow"] + line["kd_token"] > 0
+    inputs = manifest.require(str(tmp_path / "far"), "checkpoint")["inputs"]
+    for name, folder in (("action_teacher", "specialist"), ("reasoning_teacher", "reasoning")):
+        assert inputs[name] == manifest.input_digests({"": str(school / folder)})[""]  # known by its files
 
 
 @pytest.mark.slow
