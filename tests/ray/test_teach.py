@@ -119,7 +119,7 @@ def test_what_is_stale_or_foreign_is_refused_before_anything_is_claimed(school, 
 
 
 def test_the_dual_stage_learns_from_teachers_that_are_served_elsewhere(school, tmp_path, ray_cluster):
-    """Their targets are those of teachers in process (tests/unit/test_remote_teacher.py); here, that workers ask them."""
+    """That their targets are those of teachers in process is tested in tests/unit/test_remote_teacher.py."""
     services = [TeacherService(str(school / name)) for name in ("specialist", "reasoning")]
     with serving(services[0]) as one, serving(services[1]) as two:
         for server in (one, two):
