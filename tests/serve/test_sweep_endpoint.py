@@ -28,7 +28,7 @@ pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("ray_cluster")]
 for module in (eval_fakes, sys.modules[__name__]):
     cloudpickle.register_pickle_by_value(module)
 
-EPISODES = 12
+TASKS = {"touch": 12, "tap": 12}
 
 
 class ServedPolicy(FakePolicy):
@@ -61,7 +61,7 @@ def serving(port: int, told: threading.Event, after: int = 10**9) -> Any:
     return endpoint(lambda: LoadedPolicy(ServedPolicy(told, after), example), port=port)
 
 
-def sweep_through_an_outage(folder: Path, down_s: float, patience_s: float) -> dict[int, dict[str, Any]]:
+def sweep_through_an_outage(folder: Path, down_s: float, patience_s: float) -> dict[tuple[str, int], dict[str, Any]]:
     """The endpoint goes after 30 questions, in the middle of the first episodes, for `down_s`."""
     (port,), gone, over = free_ports(1), threading.Event(), threading.Event()
     first = serving(port, gone, after=30)
@@ -82,18 +82,18 @@ def sweep_through_an_outage(folder: Path, down_s: float, patience_s: float) -> d
             str(folder),
             fake_suite(),
             [PolicyRef("remote", f"ws://127.0.0.1:{port}")],
-            SweepConfig({"touch": EPISODES}, videos_per_task=0),
+            SweepConfig(TASKS, videos_per_task=0),
             machinery=Machinery(workers=1, envs_per_worker=3, patience_s=patience_s),
         )
     finally:
         over.set()
         outage.join()
-    return {row["episode_id"]: row for row in results.read_episodes(str(folder))}
+    return {(row["task"], row["episode_id"]): row for row in results.read_episodes(str(folder))}
 
 
 def test_an_endpoint_that_comes_back_in_time_changes_no_outcome(tmp_path: Path) -> None:
     rows = sweep_through_an_outage(tmp_path / "interrupted", down_s=4.0, patience_s=30.0)
-    undisturbed = SweepConfig({"touch": EPISODES}, videos_per_task=0)
+    undisturbed = SweepConfig(TASKS, videos_per_task=0)
     run_sweep(
         str(tmp_path / "whole"),
         fake_suite(),
@@ -103,14 +103,14 @@ def test_an_endpoint_that_comes_back_in_time_changes_no_outcome(tmp_path: Path) 
     )
     told = ("stop_reason", "steps", "success", "reasoning_tokens")
     for row in results.read_episodes(str(tmp_path / "whole")):
-        assert [rows[row["episode_id"]][name] for name in told] == [row[name] for name in told]
+        assert [rows[row["task"], row["episode_id"]][name] for name in told] == [row[name] for name in told]
 
 
 def test_while_an_endpoint_is_away_episodes_end_and_the_sweep_goes_on(tmp_path: Path) -> None:
-    rows = sweep_through_an_outage(tmp_path, down_s=6.0, patience_s=0.2)
+    rows = sweep_through_an_outage(tmp_path, down_s=2.0, patience_s=0.2)
     reasons = [row["stop_reason"] for row in rows.values()]
-    assert len(rows) == EPISODES
+    assert len(rows) == sum(TASKS.values())
     assert set(reasons) == {"success", "policy_unreachable"}
     unreachable = next(row for row in rows.values() if row["stop_reason"] == "policy_unreachable")
     assert "127.0.0.1" in unreachable["failure"]
-    assert reasons[-1] == "success"
+    assert rows["tap", 11]["stop_reason"] == "success"  # the last one, when the endpoint is back
