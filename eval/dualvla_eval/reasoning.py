@@ -2,7 +2,7 @@
 
     text    = "plan: " step {", " step} ". subtask: " step ". move: " move "."
     step    = verb " " object [" " link " " object]
-    verb    = "reach" | "touch" | "lower to" | "grasp" | "lift" | "carry" | "place" | "release"
+    verb    = "reach" | "touch" | "lower to" | "grasp" | "lift" | "carry" | "place" | "release" | "pull" | "push"
     link    = "to" | "on" | "near" | "in"
     move    = one of MOVES
 
@@ -19,7 +19,7 @@ from dataclasses import dataclass
 import numpy as np
 
 MOVES = ("forward", "back", "left", "right", "up", "down", "open gripper", "close gripper", "stay")
-VERBS = ("reach", "touch", "lower to", "grasp", "lift", "carry", "place", "release")
+VERBS = ("reach", "touch", "lower to", "grasp", "lift", "carry", "place", "release", "pull", "push")
 LINKS = ("to", "on", "near", "in")
 
 _STILL_M = 0.002

@@ -76,7 +76,7 @@ class PlannedController(JointController):
         if self._row == self._sim_steps:
             self._positions_before = self._positions()
         low, high = self.config.limits_rad.T
-        positions = np.clip([path.positions[self._row] for path in self.paths], low, high)
+        positions = self._balanced(np.clip([path.positions[self._row] for path in self.paths], low, high))
         velocities = np.array([path.velocities[self._row] for path in self.paths])
         if self.scene.gpu_sim_enabled:
             self._drive_to(positions)
@@ -90,6 +90,10 @@ class PlannedController(JointController):
             raw.set_drive_target(positions[0, i])
             if self.config.drives_velocity:
                 raw.set_drive_velocity_target(velocities[0, i])
+
+    def _balanced(self, targets: np.ndarray) -> np.ndarray:
+        """[N, joints] as they are sent."""
+        return targets
 
     def _follow(self, paths: list[JointPath]) -> None:
         self.paths = paths
@@ -154,6 +158,18 @@ class PlannedGripperController(PlannedController):
         self.goals = self._positions()
         self._sent = self.goals
 
+    def _balanced(self, targets: np.ndarray) -> np.ndarray:
+        """Around an object, the fingers press less hard and stay opposite each other.
+
+        At the force limit each finger would press alike wherever it is, and SAPIEN 3's residual forces would carry a
+        light object sideways out of the hand, which SAPIEN 2's did not. Fingers that have met are left alone.
+        """
+        positions = self._positions()
+        middle = positions.mean(axis=1, keepdims=True)
+        pressing = np.clip(targets, middle - self.config.press_rad, middle + self.config.press_rad)
+        opposed = pressing - self.config.coupling * (positions - middle)
+        return np.where(middle < self.config.met_rad, opposed, targets)
+
     def set_action(self, action: torch.Tensor) -> None:
         change = np.clip(action.cpu().numpy().astype(np.float64), -1, 1) * self.config.step_rad
         if self.paths:
@@ -180,7 +196,11 @@ class PlannedToolConfig(ControllerConfig):
 
 @dataclass
 class PlannedGripperConfig(ControllerConfig):
-    """limits_rad: [fingers, 2]. step_rad: what an action of 1 adds. Goals may lie `margin_rad` beyond the limits."""
+    """limits_rad: [fingers, 2]. step_rad: what an action of 1 adds. Goals may lie `margin_rad` beyond the limits.
+
+    press_rad: how far ahead of the fingers a target may be. coupling: how much stiffer their difference is than each of
+    them. met_rad: beyond, they press on each other. See `_balanced`.
+    """
 
     drives: Drives
     limits_rad: np.ndarray
@@ -190,4 +210,7 @@ class PlannedGripperConfig(ControllerConfig):
     motion: MotionLimits = MotionLimits(speed=1.0, acceleration=7.0, jerk=50.0)
     action_size: int = 1
     drives_velocity: bool = True
+    press_rad: float = 0.1
+    coupling: float = 10.0
+    met_rad: float = 1.05
     controller_cls = PlannedGripperController
