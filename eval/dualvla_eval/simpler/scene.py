@@ -3,22 +3,25 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from importlib import resources
 from typing import Any
 
 import numpy as np
 import sapien
+from mani_skill.render import PREBUILT_SHADER_CONFIGS, ShaderConfig
 from mani_skill.sensors.camera import CameraConfig
 from mani_skill.utils.structs import Actor
 from mani_skill.utils.structs.pose import Pose as PoseStruct
 
 from dualvla_eval.simpler.assets import Assets
-from dualvla_eval.simpler.specs import Camera, EpisodeSetup, ObjectSetup, Pose
+from dualvla_eval.simpler.specs import EpisodeSetup, ObjectSetup, Pose
 
 STAGE = "arena"
 _Y_UP_TO_Z_UP = sapien.Pose(q=[np.sqrt(0.5), np.sqrt(0.5), 0, 0])
 _WHITE_FLOOR_HALF_M = [10, 10, 0.017]
 _OBJECT_MATERIAL = {"static_friction": 0.5, "dynamic_friction": 0.5, "restitution": 0.0}
 _DAMPING = 0.1
+_FLAT = 1  # SAPIEN's shading mode
 WAITING_M = 20.0  # above their place, where objects that are dropped later wait
 
 
@@ -80,17 +83,17 @@ def _build_object(scene: Any, spec: ObjectSetup, density: float, assets: Assets)
     if spec.locked or spec.later:
         for body in actor._bodies:
             body.set_locked_motion_axes([True] * 6)
-    if spec.matte:
-        for entity in actor._objs:
-            _make_matte(entity)
+    for material in _materials(actor):
+        if spec.matte:
+            material.roughness, material.metallic, material.specular = 1.0, 0.0, 0.0
+        if material.emission_texture is not None:  # SAPIEN 2 drew it whatever the file's factor, which is 0
+            material.emission = [1.0, 1.0, 1.0, 1.0]
     return actor
 
 
-def _make_matte(entity: sapien.Entity) -> None:
-    component = entity.find_component_by_type(sapien.render.RenderBodyComponent)
-    for shape in component.render_shapes if component is not None else ():
-        for part in shape.parts:
-            part.material.roughness, part.material.metallic, part.material.specular = 1.0, 0.0, 0.0
+def _materials(actor: Actor) -> list[sapien.render.RenderMaterial]:
+    components = [e.find_component_by_type(sapien.render.RenderBodyComponent) for e in actor._objs]
+    return [part.material for c in components if c is not None for shape in c.render_shapes for part in shape.parts]
 
 
 def stack_poses(poses: Sequence[Pose]) -> PoseStruct:
@@ -107,8 +110,41 @@ def add_lights(scene: Any, setup: EpisodeSetup) -> None:
         scene.add_directional_light(list(light.direction), list(light.color), shadow=light.shadow)
 
 
-def camera_config(camera: Camera, mount: Any) -> CameraConfig:
+def one_pass(setup: EpisodeSetup) -> bool:
+    """Whether our own shaders draw the picture: the same one in a third of the time, but they know no shadows."""
+    return not any(light.shadow for light in setup.lights)
+
+
+def shaders(setup: EpisodeSetup) -> ShaderConfig:
+    """For the cameras that are made next: SAPIEN keeps the format of pictures for the process.
+
+    Ours give Color, uint8 [H, W, 4], and Actor, whose id is in channel 0 of uint8 [H, W, 4]; SAPIEN's give Color, float [H, W, 4], and
+    Segmentation, int [H, W, 4].
+    """
+    if not one_pass(setup):
+        return PREBUILT_SHADER_CONFIGS["default"]
+    sapien.render.set_picture_format("Color", "r8g8b8a8unorm")
+    sapien.render.set_picture_format("Actor", "r8g8b8a8unorm")
+    folder = str(resources.files("dualvla_eval.simpler") / "shaders")
+    return ShaderConfig(
+        folder,
+        {"Color": ["rgb"], "Actor": ["segmentation"]},
+        texture_transforms={"Color": lambda data: {"rgb": data[..., :3]}},
+    )
+
+
+def leave_unshaded(actors: Sequence[Actor]) -> None:
+    """What a photograph covers needs no light: our shaders then only note who is where."""
+    for actor in actors:
+        for entity in actor._objs:
+            component = entity.find_component_by_type(sapien.render.RenderBodyComponent)
+            if component is not None:
+                component.shading_mode = _FLAT
+
+
+def camera_config(setup: EpisodeSetup, mount: Any) -> CameraConfig:
     """The policy's camera as a mani_skill sensor, on the link `mount`."""
+    camera = setup.camera
     fx, (cx, cy) = camera.focal_px, camera.center_px
     return CameraConfig(
         camera.name,
@@ -119,5 +155,5 @@ def camera_config(camera: Camera, mount: Any) -> CameraConfig:
         far=camera.far_m,
         intrinsic=np.array([[fx, 0, cx], [0, fx, cy], [0, 0, 1]]),
         mount=mount,
-        shader_pack="default",
+        shader_config=shaders(setup),
     )

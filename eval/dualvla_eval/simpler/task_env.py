@@ -62,8 +62,7 @@ class SimplerTask(BaseEnv):
 
     @property
     def _default_sensor_configs(self) -> list[CameraConfig]:
-        camera = self.setup.camera
-        return [building.camera_config(camera, self.agent.robot.links_map[camera.link])]
+        return [building.camera_config(self.setup, self.agent.robot.links_map[self.setup.camera.link])]
 
     def _load_agent(self, options: dict[str, Any]) -> None:
         self.agent = agent_class(self.setup.robot.kind)(
@@ -106,6 +105,8 @@ class SimplerTask(BaseEnv):
         if photo is not None:
             path = self.assets.path(f"real_inpainting/{photo}.png")
             self._overlay = Overlay(path, camera.width, camera.height, self._kept_ids())
+            covered = [self.objects[spec.model] for spec in self.setup.objects if spec.photo]
+            building.leave_unshaded([self.stage, *covered])
 
     def _kept_ids(self) -> list[int]:
         """Segmentation ids of robot, objects and cabinet: what an overlay leaves as it is."""
@@ -120,9 +121,13 @@ class SimplerTask(BaseEnv):
         sensor = self._sensors[self.setup.camera.name]
         self.scene.update_render(update_sensors=True, update_human_render_cameras=False)
         sensor.capture()
-        color, segmentation = (t.cpu().numpy() for t in sensor.camera.get_picture(["Color", "Segmentation"]))
-        pixels = (np.clip(color[..., :3], 0, 1) * 255).astype(np.uint8)
-        return pixels if self._overlay is None else self._overlay.apply(pixels, segmentation[..., 1])
+        if building.one_pass(self.setup):
+            color, actors = (t.cpu().numpy() for t in sensor.camera.get_picture(["Color", "Actor"]))
+            pixels, actors = color[..., :3], actors[..., 0]
+        else:
+            color, segmentation = (t.cpu().numpy() for t in sensor.camera.get_picture(["Color", "Segmentation"]))
+            pixels, actors = (np.clip(color[..., :3], 0, 1) * 255).astype(np.uint8), segmentation[..., 1]
+        return np.ascontiguousarray(pixels) if self._overlay is None else self._overlay.apply(pixels, actors)
 
     def _before_simulation_step(self) -> None:
         self.agent.balance_passive_forces()
