@@ -118,8 +118,8 @@ def one_pass(setup: EpisodeSetup) -> bool:
 def shaders(setup: EpisodeSetup) -> ShaderConfig:
     """For the cameras that are made next: SAPIEN keeps the format of pictures for the process.
 
-    Ours give Color, uint8 [H, W, 4], and Actor, whose id is in channel 0 of uint8 [H, W, 4]; SAPIEN's give Color, float [H, W, 4], and
-    Segmentation, int [H, W, 4].
+    Ours give Color, uint8 [H, W, 4], and Actor, uint8 [H, W, 4] with the id in the first channel; SAPIEN's give Color,
+    float [H, W, 4], and Segmentation, int [H, W, 4].
     """
     if not one_pass(setup):
         return PREBUILT_SHADER_CONFIGS["default"]
