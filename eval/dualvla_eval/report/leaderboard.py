@@ -365,7 +365,8 @@ def questions(answers: Sequence[Answers], palette: Palette) -> Table:
     rows = tuple(
         Row({"policy": a.name, **{k: interval(a.tasks.get(k)) for k in kinds}}, mark=palette[a.name]) for a in answers
     )
-    labels = {k: k.removeprefix("qa_").replace("_", " ") for k in kinds}
+    names = {name for a in answers for name in a.benchmarks}
+    labels = {k: k if k in names else k.replace("/qa_", "/").removeprefix("qa_").replace("_", " ") for k in kinds}
     helps = {name: METRICS[b["metric"]] for a in answers for name, b in a.benchmarks.items()}
     helps[MM] = "unweighted mean of the benchmarks"
     columns = (_POLICY, *(Column(k, labels[k], help=helps.get(k, "")) for k in kinds))
