@@ -1,13 +1,14 @@
 """An evaluation sweep beside a serial loop with batch 1 over the same environments, rendering on, same policy.
 
-    python benchmarks/sweep.py [--suite blocks] [--task touch] [--episodes 40] [--workers 2] [--out FILE]
+    python benchmarks/sweep.py [--suite blocks] [--task touch] [--only simulation,policy,hop] [--out FILE]
 
 Simulation-bound: the random policy. The ceiling is cores / CPU-seconds per step, as the serial loop measures them.
 Policy-bound: the same actions from a policy that takes 200 ms a call, whatever the batch. Ray's own share: what a
-question costs beyond the policy's time, and how long a simulator stands between two episodes.
+question costs beyond the policy's time (hop), and of `busy_share` what is missing: time between two episodes.
 
-of_ceiling is wall time: what else the machine does counts. of_ceiling_by_cpu_time is the CPU time of a step in the
-loop over that in the simulators, and tells what the sweep itself costs on a machine that does other work.
+of_ceiling is wall time: what else the machine does counts. So beside it stand as many bare loops as workers, each in a
+process of its own, without Ray and without writing anything down (of_bare_loops), and the CPU time of a step in the
+loop over that in the simulators (of_ceiling_by_cpu_time).
 
 Rates are those of the time in which every simulator works: from the end of the last first episode to the end of the
 first last one. Renderers of both sides have one thread.
@@ -20,6 +21,7 @@ import contextlib
 import json
 import os
 import platform
+import subprocess
 import sys
 import tempfile
 import threading
@@ -46,8 +48,9 @@ from dualvla_eval.suites import Episode, Suite, get_suite
 from dualvla_eval.sweep import Machinery, SweepConfig, run_sweep
 
 _CALL_S = 0.2
+_CORES = os.cpu_count() or 1
 _WARM_UP = 1  # episodes
-_SAMPLE_S = 0.1
+_SAMPLE_S = 0.5
 
 
 class SlowPolicy(RandomPolicy):
@@ -167,54 +170,86 @@ def _asking(rows: Sequence[dict[str, Any]], infer_ms: Sequence[float]) -> dict[s
     return {"wait_ms": 1e3 * sum(row["wait_s"] for row in rows) / replies, "infer_ms": float(np.mean(infer_ms))}
 
 
+def simulation_bound(suite: Suite, arguments: argparse.Namespace) -> dict[str, Any]:
+    alone = serial(suite, suite.episodes(arguments.task)[: arguments.serial_episodes], 0.0)
+    many = sweep(suite, arguments.task, arguments.episodes, arguments.workers, 0.0, 1)
+    bare = bare_loops(arguments)
+    ceiling = _CORES / alone["cpu_s_per_step"]
+    return {
+        "serial": alone,
+        "sweep": many,
+        "ceiling_steps_per_s": ceiling,
+        "bare_loops_steps_per_s": bare,
+        "of_bare_loops": many["steps_per_s"] / bare,
+        "of_ceiling": many["steps_per_s"] / ceiling,
+        "of_ceiling_by_cpu_time": alone["cpu_s_per_step"] / many["cpu_s_per_step"],
+        "speedup": many["steps_per_s"] / alone["steps_per_s"],
+    }
+
+
+def bare_loops(arguments: argparse.Namespace) -> float:
+    """Steps/s of all loops together, which run at the same time."""
+    command = [sys.executable, __file__, "--suite", arguments.suite, "--task", arguments.task, "--only", "loop"]
+    command += ["--serial-episodes", str(arguments.serial_episodes)]
+    loops = [subprocess.Popen(command, stdout=subprocess.PIPE, text=True) for _ in range(arguments.workers)]
+    return sum(json.loads(loop.communicate()[0].splitlines()[-1])["steps_per_s"] for loop in loops)
+
+
+def policy_bound(suite: Suite, arguments: argparse.Namespace) -> dict[str, Any]:
+    task, workers, envs = arguments.task, arguments.workers, arguments.envs
+    alone = serial(suite, suite.episodes(task)[: _WARM_UP + 2], _CALL_S)
+    many = sweep(suite, task, min(arguments.episodes, 4 * workers * envs), workers, _CALL_S, envs)
+    return {
+        "call_ms": 1e3 * _CALL_S,
+        "serial": alone,
+        "sweep": many,
+        "speedup": many["steps_per_s"] / alone["steps_per_s"],
+    }
+
+
+def hop(suite: Suite, arguments: argparse.Namespace) -> dict[str, Any]:
+    """What a question costs beyond the policy's own time, one at a time."""
+    found = sweep(suite, arguments.task, min(arguments.episodes, 24), 1, 0.001, 1)
+    cost_ms = found["wait_ms"] - 1.0
+    return {"ms": cost_ms, "share_beside_a_200_ms_call": cost_ms / (1e3 * _CALL_S)}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--suite", default="blocks")
     parser.add_argument("--task", default="touch")
     parser.add_argument("--episodes", type=int, default=120)
     parser.add_argument("--serial-episodes", type=int, default=20)
-    parser.add_argument("--workers", type=int, default=os.cpu_count() or 1)
+    parser.add_argument("--workers", type=int, default=_CORES)
+    parser.add_argument("--envs", type=int, default=6, help="of each worker, where the policy is slow")
+    parser.add_argument("--only", default="simulation,policy,hop")
     parser.add_argument("--out", help="where the figures go, as JSON")
     arguments = parser.parse_args()
+    load_before = os.getloadavg()[0]
     suite = get_suite(arguments.suite)
-    task, workers, cores = arguments.task, arguments.workers, os.cpu_count() or 1
-
-    episodes = suite.episodes(task)
-    alone = serial(suite, episodes[: arguments.serial_episodes], 0.0)
-    ceiling = cores / alone["cpu_s_per_step"]
-    many = sweep(suite, task, arguments.episodes, workers, 0.0, 1)
-    slow_alone = serial(suite, episodes[: _WARM_UP + 2], _CALL_S)
-    slow_many = sweep(suite, task, min(arguments.episodes, 48), workers, _CALL_S, 6)
-    quick_many = sweep(suite, task, min(arguments.episodes, 24), workers, 0.001, 1)
-    hop_ms = quick_many["wait_ms"] - 1.0
-    asked_s = slow_many["wait_ms"] / 1e3
-    figures = {
-        "suite": arguments.suite,
-        "task": task,
-        "simulation_bound": {
-            "serial": alone, "sweep": many, "ceiling_steps_per_s": ceiling,
-            "of_ceiling": many["steps_per_s"] / ceiling,
-            "of_ceiling_by_cpu_time": alone["cpu_s_per_step"] / many["cpu_s_per_step"],
-            "speedup": many["steps_per_s"] / alone["steps_per_s"],
-        },
-        "policy_bound": {
-            "call_ms": 1e3 * _CALL_S, "serial": slow_alone, "sweep": slow_many,
-            "speedup": slow_many["steps_per_s"] / slow_alone["steps_per_s"],
-        },
-        "ray": {
-            "hop_ms": hop_ms, "hop_share_of_a_200_ms_call": hop_ms / 1e3 / asked_s,
-            "between_episodes_share": 1 - many["busy_share"],
-        },
-        "machine": {
-            "cores": cores, "processor": platform.machine(), "python": platform.python_version(),
-            "load_before": os.getloadavg()[0], "LP_NUM_THREADS": os.environ["LP_NUM_THREADS"], "workers": workers,
-        },
-    }  # fmt: skip
+    parts = arguments.only.split(",")
+    if parts == ["loop"]:
+        print(json.dumps(serial(suite, suite.episodes(arguments.task)[: arguments.serial_episodes], 0.0)))
+        return
+    figures: dict[str, Any] = {"suite": arguments.suite, "task": arguments.task}
+    if "simulation" in parts:
+        figures["simulation_bound"] = simulation_bound(suite, arguments)
+    if "policy" in parts:
+        figures["policy_bound"] = policy_bound(suite, arguments)
+    if "hop" in parts:
+        figures["hop"] = hop(suite, arguments)
+    figures["machine"] = {
+        "cores": _CORES,
+        "processor": platform.machine(),
+        "python": platform.python_version(),
+        "load_before": load_before,
+        "LP_NUM_THREADS": os.environ["LP_NUM_THREADS"],
+        "workers": arguments.workers,
+    }
     if arguments.out:
         Path(arguments.out).write_text(json.dumps(figures, indent=2) + "\n")
-    for name in ("simulation_bound", "policy_bound", "ray"):
-        json.dump({name: figures[name]}, sys.stdout, indent=1)
-        print()
+    json.dump(figures, sys.stdout, indent=1)
+    print()
 
 
 if __name__ == "__main__":

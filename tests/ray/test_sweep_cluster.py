@@ -51,7 +51,7 @@ def test_a_node_that_is_taken_away_costs_no_episode(tmp_path: Path) -> None:
     whole = Cluster(initialize_head=True, head_node_args={"num_cpus": 1})
     try:
         lost = whole.add_node(num_cpus=2)
-        program = start(tmp_path / "out", whole.address, 12, 3, 0.15, 0)
+        program = start(tmp_path / "out", whole.address, 12, 3, 0.15, 1)
         wait_for_parts(tmp_path / "out", 3, program)
         whole.remove_node(lost, allow_graceful=False)
         found = told(program)
