@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -36,6 +37,9 @@ def _isolation(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
         patch.setenv("RAY_USAGE_STATS_ENABLED", "0")
         patch.setenv("NO_COLOR", "1")
         patch.setenv("COLUMNS", "120")
+        beside = Path(__file__).parents[2] / "shared" / "simpler_assets"
+        if "DUALVLA_ASSETS" not in os.environ and beside.is_dir():
+            patch.setenv("DUALVLA_ASSETS", str(beside))
         yield
 
 
@@ -71,6 +75,16 @@ def browser() -> Iterator[Any]:
         chromium = playwright.chromium.launch(executable_path=path, args=_CHROMIUM_ARGUMENTS)
         yield chromium
         chromium.close()
+
+
+@pytest.fixture(scope="session")
+def simpler_assets() -> Any:
+    """SimplerEnv's assets: DUALVLA_ASSETS, or the folder that may lie beside the checkout."""
+    from dualvla_eval.simpler.assets import Assets
+
+    if not os.environ.get("DUALVLA_ASSETS"):
+        pytest.skip("no SimplerEnv assets here: set DUALVLA_ASSETS, or run `dualvla assets fetch`")
+    return Assets.find()
 
 
 @pytest.hookimpl(trylast=True)  # after -m and -k have had their say: the probe takes seconds

@@ -108,6 +108,11 @@ class SimplerTask(BaseEnv):
             covered = [self.objects[spec.model] for spec in self.setup.objects if spec.photo]
             building.leave_unshaded([self.stage, *covered])
 
+    @property
+    def photo(self) -> np.ndarray | None:
+        """What covers the simulated picture, uint8 [H, W, 3]; None without an overlay."""
+        return None if self._overlay is None else self._overlay.photo
+
     def _kept_ids(self) -> list[int]:
         """Segmentation ids of robot, objects and cabinet: what an overlay leaves as it is."""
         photo = {spec.model for spec in self.setup.objects if spec.photo}
