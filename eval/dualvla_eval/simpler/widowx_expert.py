@@ -23,6 +23,8 @@ _DOWN_M = 0.008
 _OPEN = 0.6
 _GRIPPED_M = 0.02  # of a closed gripper from where it holds the object
 _CLOSING_STEPS = 3
+_LOWERING_STEPS = 8
+_OTHER_TURNS_RAD = (0.5, -0.5, 1.0, -1.0)
 _OVER_M = 0.008
 _NEAR_PLACE_M = 0.035
 _RELEASE_M = 0.008
@@ -81,6 +83,8 @@ class WidowXExpert:
             Step("place", self._target, self._skill.link, self._reference),
         )
         self._closed = 0  # steps since the gripper was told to close
+        self._lowering = 0  # steps in a row
+        self._jams = 0  # times a finger met an edge on the way down
         self._subtask: Step | None = None
         self._text = ""
 
@@ -88,6 +92,8 @@ class WidowXExpert:
         state = self._env.state()
         intent = self._intend(state)
         self._closed = 0 if intent.open_gripper else self._closed + 1
+        self._lowering = self._lowering + 1 if intent.subtask.verb == "lower to" else 0
+        self._jams += self._lowering > _LOWERING_STEPS
         motion = _motion(state, intent)
         gripper = {"grasp": "close", "release": "open"}.get(intent.subtask.verb)
         if intent.subtask != self._subtask:  # one text for a whole phase, as annotated data has it
@@ -125,6 +131,9 @@ class WidowXExpert:
         now = _yaw(state.ee_pose)
         turn = (target.yaw_rad - now + period / 2) % period - period / 2
         yaw = now + turn
+        if self._jams:
+            base = (target.yaw_rad + period / 2) % period - period / 2
+            yaw = base + _OTHER_TURNS_RAD[(self._jams - 1) % len(_OTHER_TURNS_RAD)]
         if abs(yaw) > np.pi / 2 + 0.1:  # the wrist's comfortable half
             yaw -= np.sign(yaw) * period
         return np.array([x + axis[0], y + axis[1], z + self._skill.lower]), float(yaw)
@@ -137,10 +146,11 @@ class WidowXExpert:
         low = tool[2] - grasp[2] < self._skill.hover / 2
         if offset < _ALIGNED_M and tool[2] - grasp[2] < _DOWN_M and turned:
             return _Intent(Step("grasp", target.name), grasp, yaw, False, target)
-        if state.gripper >= _OPEN and turned and (offset < _ALIGNED_M or (low and offset < _SLACK_M)):
+        jammed = self._lowering > _LOWERING_STEPS
+        if not jammed and state.gripper >= _OPEN and turned and (offset < _ALIGNED_M or (low and offset < _SLACK_M)):
             return _Intent(Step("lower to", target.name), grasp, yaw, True, target)
         hover = np.array([*grasp[:2], target.position[2] + self._skill.hover])
-        if low and offset > _SLACK_M:  # up before sideways
+        if low and (jammed or offset > _SLACK_M or not turned):  # up before sideways
             hover[:2] = tool[:2]
         return _Intent(Step("reach", target.name), hover, yaw, True, target)
 
