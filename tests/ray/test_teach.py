@@ -16,6 +16,7 @@ from dualvla.models.checkpoint import save_checkpoint
 from dualvla.models.processing import Processor
 from dualvla.models.stages import prepare
 from dualvla.models.vla import VLA
+from dualvla.wire import teacher as wire
 from dualvla_pipelines import teach as pipeline
 from dualvla_pipelines.recipes import get_recipe
 from dualvla_pipelines.samples import TrainRows
@@ -118,9 +119,21 @@ def test_what_is_stale_or_foreign_is_refused_before_anything_is_claimed(school, 
     assert not out.exists()
 
 
+class CountingService(TeacherService):
+    """Notes what it was asked for."""
+
+    def __init__(self, folder):
+        super().__init__(folder)
+        self.kinds = []
+
+    def answer(self, frame):
+        self.kinds.append(wire.ask_from_bytes(frame).kind)
+        return super().answer(frame)
+
+
 def test_the_dual_stage_learns_from_teachers_that_are_served_elsewhere(school, tmp_path, ray_cluster):
     """That their targets are those of teachers in process is tested in tests/unit/test_remote_teacher.py."""
-    services = [TeacherService(str(school / name)) for name in ("specialist", "reasoning")]
+    services = [CountingService(str(school / name)) for name in ("specialist", "reasoning")]
     with serving(services[0]) as one, serving(services[1]) as two:
         for server in (one, two):
             threading.Thread(target=server.serve_forever, daemon=True).start()
@@ -131,9 +144,9 @@ def test_the_dual_stage_learns_from_teachers_that_are_served_elsewhere(school, t
         for server in (one, two):
             server.shutdown()
     (line,) = [json.loads(line) for line in (tmp_path / "far" / "metrics.jsonl").read_text().splitlines()]
+    assert [set(service.kinds) for service in services] == [{"velocity"}, {"words"}]
+    assert line["kd_token"] == pytest.approx(0.0, abs=1e-4)  # the student starts as its reasoning teacher
     assert line["kd_flow"] >= 0
-    assert line["kd_token"] >= 0
-    assert line["kd_flow"] + line["kd_token"] > 0
     inputs = manifest.require(str(tmp_path / "far"), "checkpoint")["inputs"]
     for name, folder in (("action_teacher", "specialist"), ("reasoning_teacher", "reasoning")):
         assert inputs[name] == manifest.input_digests({"": str(school / folder)})[""]  # known by its files
