@@ -18,6 +18,7 @@ from typing import Any
 
 from dualvla import console
 from dualvla.errors import PlatformError
+from dualvla.io.assets import assets_folder, has_assets
 from dualvla_cluster import driver
 
 _PYTHONS = ((3, 11), (3, 12))
@@ -125,4 +126,8 @@ def _disk() -> Check:
 
 
 def _assets() -> Check:
-    return Check("assets", True, "none needed: suite `blocks` uses what the mani_skill package carries")
+    """Suite `blocks` uses what the mani_skill package carries; only the suites `simpler-*` need files of their own."""
+    folder = assets_folder()
+    if has_assets(folder):
+        return Check("assets", True, f"SimplerEnv's are in {folder}; `blocks` needs none")
+    return Check("assets", True, f"suite `blocks` needs none; SimplerEnv's are not in {folder}: `dualvla assets fetch`")

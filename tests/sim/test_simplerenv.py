@@ -13,10 +13,11 @@ import pytest
 from PIL import Image
 
 from dualvla.errors import DataError, PolicyError, UsageError
+from dualvla.io.assets import VARIABLE
 from dualvla_eval.experts import make_expert
 from dualvla_eval.reasoning import parse
 from dualvla_eval.simpler import episodes, widowx_tasks
-from dualvla_eval.simpler.assets import VARIABLE, Assets
+from dualvla_eval.simpler.assets import Assets
 from dualvla_eval.suites import Episode, get_suite
 
 GOLDEN = Path(__file__).parent / "golden_simpler"

@@ -17,12 +17,11 @@ def _configure(parser: argparse.ArgumentParser) -> None:
 
 
 def _run(arguments: argparse.Namespace) -> dict[str, Any]:
-    import os
-
-    from dualvla_eval.simpler.assets import VARIABLE, default_folder, upstream
+    from dualvla.io.assets import assets_folder
+    from dualvla_eval.simpler.assets import upstream
     from dualvla_eval.simpler.fetch import FetchOptions, fetch
 
-    folder = arguments.assets or os.environ.get(VARIABLE) or str(default_folder())
+    folder = str(assets_folder(arguments.assets))
     known = upstream()
     options = FetchOptions(arguments.url) if arguments.url else FetchOptions()
     found = fetch(folder, options)

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import cache
@@ -17,15 +16,10 @@ from pathlib import Path
 from typing import Any
 
 from dualvla.errors import DataError
+from dualvla.io.assets import VARIABLE, assets_folder, has_assets
 
-VARIABLE = "DUALVLA_ASSETS"
 _VISUALS = ("textured.obj", "textured.dae", "textured.glb")  # the original's order
 _FIX = f"run `dualvla assets fetch`, or name a folder that has it with --assets or {VARIABLE}"
-
-
-def default_folder() -> Path:
-    """Where `dualvla assets fetch` puts them: the user's cache."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "dualvla" / "simplerenv"
 
 
 @dataclass(frozen=True)
@@ -37,8 +31,8 @@ class Assets:
     @classmethod
     def find(cls, folder: str | None = None) -> Assets:
         """folder, else DUALVLA_ASSETS, else the user's cache. Raises: DataError if there are no assets there."""
-        root = Path(folder or os.environ.get(VARIABLE) or default_folder()).expanduser()
-        if not (root / "custom").is_dir():
+        root = assets_folder(folder)
+        if not has_assets(root):
             raise DataError(f"SimplerEnv's assets are not in '{root}'.", _FIX)
         return cls(root)
 
