@@ -1,0 +1,139 @@
+"""A Ray cluster of several nodes on one machine that share no folder: each has a /tmp, a home, a working folder and a
+process tree of its own (mount and process namespaces), and is lost as a machine is: all at once.
+
+Needs root, as full-disk tests do; `available` says whether it can be had here.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from ray_head import TOKEN, Head, free_ports
+
+_START_S = 180.0
+_OWN = ("unshare", "--mount", "--pid", "--fork", "--kill-child", "--mount-proc")
+
+
+def available() -> bool:
+    done = subprocess.run([*_OWN, "true"], capture_output=True, check=False)
+    return done.returncode == 0
+
+
+@dataclass
+class Node:
+    """folder: what the node sees as /tmp. process: ends with the node."""
+
+    name: str
+    folder: Path
+    process: subprocess.Popen[bytes]
+    log: Path
+
+    def lose(self) -> None:
+        """SIGKILL to everything on it: the first process of a process namespace takes all others with it."""
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(self.process.pid, signal.SIGKILL)
+        self.process.wait()
+
+
+@dataclass
+class Nodes:
+    """head: where jobs are submitted. nodes: the head's first."""
+
+    head: Head
+    gcs: str
+    root: Path
+    env: dict[str, str]
+    nodes: list[Node] = field(default_factory=list)
+
+    def add(self, cpus: int, name: str | None = None) -> Node:
+        """A worker node, once it has joined."""
+        before = alive(self.head)
+        node = self._start(name or f"node-{len(self.nodes)}", [f"--address={self.gcs}", f"--num-cpus={cpus}"])
+        self._wait(node, lambda: alive(self.head) > before)
+        return node
+
+    def _start(self, name: str, options: list[str]) -> Node:
+        folder = self.root / name
+        for inside in ("ray", "work", "home"):
+            (folder / inside).mkdir(parents=True)
+        agent, grpc, runtime, metrics = free_ports(4)
+        command = [str(Path(sys.executable).with_name("ray")), "start", "--block", *options]
+        command += ["--object-store-memory=80000000", "--min-worker-port=0", "--max-worker-port=0"]
+        command += [f"--dashboard-agent-listen-port={agent}", f"--dashboard-agent-grpc-port={grpc}"]
+        command += [f"--runtime-env-agent-port={runtime}", f"--metrics-export-port={metrics}"]
+        script = f'mount --bind "{folder}" /tmp && cd /tmp/work && exec "$@"'
+        log = self.root / f"{name}.log"
+        with log.open("wb") as output:
+            process = subprocess.Popen(
+                [*_OWN, "sh", "-c", script, "sh", *command],
+                env={**self.env, "HOME": "/tmp/home", "TMPDIR": "/tmp"},
+                stdout=output,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,
+            )
+        node = Node(name, folder, process, log)
+        self.nodes.append(node)
+        return node
+
+    def _wait(self, node: Node, ready: Callable[[], bool]) -> None:
+        deadline = time.monotonic() + _START_S
+        while not ready():
+            assert node.process.poll() is None, node.log.read_text()
+            assert time.monotonic() < deadline, node.log.read_text()
+            time.sleep(0.3)
+
+
+def alive(head: Head) -> int:
+    """Nodes that the head takes for alive; 0 while it does not answer."""
+    request = urllib.request.Request(
+        f"{head.address}/api/v0/nodes?limit=100", headers={"Authorization": f"Bearer {TOKEN}"}
+    )
+    try:
+        with urllib.request.urlopen(request, timeout=10) as answer:
+            found = json.load(answer)["data"]["result"]["result"]
+    except (urllib.error.URLError, OSError, TypeError, KeyError):
+        return 0
+    return sum(node["state"] == "ALIVE" for node in found)
+
+
+@contextlib.contextmanager
+def running_nodes(workers: int, cpus: int = 2, **env: str) -> Iterator[Nodes]:
+    """A head that takes no work, and `workers` nodes of `cpus` logical CPUs. env: of all of them."""
+    root = Path(tempfile.mkdtemp(prefix="dvn"))
+    dashboard, gcs, client = free_ports(3)
+    environment = {**{k: v for k, v in os.environ.items() if not k.startswith(("RAY_", "AWS_"))}, **env}
+    environment |= {
+        "RAY_AUTH_MODE": "token",
+        "RAY_AUTH_TOKEN": TOKEN,
+        "RAY_USAGE_STATS_ENABLED": "0",
+        "RAY_worker_niceness": "0",  # as others of this machine, so that a fault's time limit means something
+        "RAY_health_check_failure_threshold": "3",
+        "RAY_health_check_period_ms": "1000",
+    }
+    address = f"http://127.0.0.1:{dashboard}"
+    cluster = Nodes(Head(address, environment), f"127.0.0.1:{gcs}", root, environment)
+    options = ["--head", "--node-ip-address=127.0.0.1", f"--port={gcs}", "--num-cpus=0", "--dashboard-host=127.0.0.1"]
+    options += [f"--dashboard-port={dashboard}", f"--ray-client-server-port={client}"]
+    try:
+        head = cluster._start("head", options)
+        cluster._wait(head, lambda: alive(cluster.head) == 1)
+        for number in range(workers):
+            cluster.add(cpus, f"worker-{number}")
+        yield cluster
+    finally:
+        for node in reversed(cluster.nodes):
+            node.lose()
+        shutil.rmtree(root, ignore_errors=True)
