@@ -19,16 +19,20 @@ class Overlay:
     def __init__(self, photo: str, width: int, height: int, kept: Iterable[int]):
         self.photo = _load(photo, width, height)
         ids = np.array(sorted(set(kept)), dtype=np.int64)
-        self._keep = np.zeros(int(ids.max()) + 1, dtype=bool)
+        self._keep = np.zeros(max(256, int(ids.max()) + 1), dtype=bool)
         self._keep[ids] = True
 
     def apply(self, color: np.ndarray, actors: np.ndarray) -> np.ndarray:
         """color: uint8 [..., H, W, 3]. actors: ids [..., H, W]. Returns uint8 like color; changes nothing."""
         kept = self.kept(actors)
-        return np.where(kept[..., None], color, self.photo)
+        picture = np.broadcast_to(self.photo, color.shape).copy()
+        picture[kept] = color[kept]
+        return picture
 
     def kept(self, actors: np.ndarray) -> np.ndarray:
         """bool [..., H, W]: which pixels stay simulated."""
+        if actors.dtype == np.uint8:
+            return self._keep[actors]
         known = np.minimum(actors, len(self._keep) - 1)
         return self._keep[known] & (actors == known)
 
