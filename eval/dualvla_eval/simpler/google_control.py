@@ -212,5 +212,5 @@ class PlannedGripperConfig(ControllerConfig):
     drives_velocity: bool = True
     press_rad: float = 0.1
     coupling: float = 10.0
-    met_rad: float = 1.05
+    met_rad: float = 0.95
     controller_cls = PlannedGripperController

@@ -23,19 +23,23 @@ _SETTLING_STEPS = 4  # before a stage may count as stalled
 _CLOSING_STEPS = 4
 _TRIES = 4
 _TABLE_M = 0.791  # height of the table in the base frame
+_SHOULDER_M = np.array([0.0, -0.43])  # about where the arm begins, in the base frame
+_STRAIGHT_BELOW_M, _LEAN_PER_M_UP = 0.82, 2.2
+_STRAIGHT_WITHIN_M, _LEAN_PER_M_AWAY = 0.75, 1.4
+_MAX_LEAN_RAD = 0.6
 _STANDS_M = 0.05  # a centre higher above it is that of something that stands
 
 
 @dataclass(frozen=True)
 class _Stage:
-    """One waypoint. goal: state -> tool position [3] m, base frame. turn: state -> orientation [3, 3].
+    """One waypoint. goal: state -> tool position [3] m, base frame. turn: state and goal -> orientation [3, 3].
 
     near_m: how near is enough. steps: at most, before the plan goes on; least: at least.
     """
 
     subtask: Step
     goal: Callable[[SceneState], np.ndarray]
-    turn: Callable[[SceneState], np.ndarray]
+    turn: Callable[[SceneState, np.ndarray], np.ndarray]
     open_gripper: bool
     near_m: float = 0.012
     steps: int = 25
@@ -131,10 +135,10 @@ def _fetch(target: str, state: SceneState) -> list[_Stage]:
     """Over the object, down, close: fingers across its long axis."""
     start = state.object(target)
     upright = start.position[2] - _TABLE_M > _STANDS_M
-    lower, hover = (0.02, 0.14) if upright else (-0.004, 0.115)
+    lower, hover = (0.02, 0.11) if upright else (-0.004, 0.085)
 
-    def turn(state: SceneState) -> np.ndarray:
-        return _grasp_turn(state, state.object(target), upright)
+    def turn(state: SceneState, goal: np.ndarray) -> np.ndarray:
+        return _leaning(_grasp_yaw(state, state.object(target), upright), goal)
 
     def above(state: SceneState) -> np.ndarray:
         return _over(state.object(target), hover)
@@ -156,7 +160,7 @@ def _lift(target: str) -> _Stage:
         goal[2] += max(0.0, 0.1 - state.object(target).lifted_m)
         return goal
 
-    return _Stage(Step("lift", target), up, _as_is, False, near_m=0.015, least=4, steps=12)
+    return _Stage(Step("lift", target), up, _hanging, False, near_m=0.015, least=4, steps=12)
 
 
 def _put_near(target: str, reference: str) -> list[_Stage]:
@@ -175,8 +179,8 @@ def _put_near(target: str, reference: str) -> list[_Stage]:
         return _raised(_tool(state), 0.05)
 
     return [
-        _Stage(carry, lambda s: place(s, 0.08), _as_is, False, near_m=0.02, steps=20, step_m=_FAST_M),
-        _Stage(put, lambda s: place(s, 0.004), _as_is, False, near_m=0.012, steps=10),
+        _Stage(carry, lambda s: place(s, 0.08), _hanging, False, near_m=0.02, steps=20, step_m=_FAST_M),
+        _Stage(put, lambda s: place(s, 0.004), _hanging, False, near_m=0.012, steps=10),
         _Stage(release, _tool, _as_is, True, least=4, steps=4),
         _Stage(release, up, _as_is, True, steps=4),
         _Stage(release, _tool, _as_is, True, steps=1000),
@@ -195,8 +199,8 @@ def _drop(target: str, drawer: str) -> list[_Stage]:
     carry, put = Step("carry", target, "to", drawer), Step("place", target, "in", drawer)
     return [
         _lift(target),
-        _Stage(carry, lambda s: over(s, 0.29), _as_is, False, near_m=0.02, steps=20),
-        _Stage(put, lambda s: over(s, 0.17), _as_is, False, near_m=0.02, steps=8),
+        _Stage(carry, lambda s: over(s, 0.29), _hanging, False, near_m=0.02, steps=20),
+        _Stage(put, lambda s: over(s, 0.17), _hanging, False, near_m=0.02, steps=8),
         _Stage(release, _tool, _as_is, True, steps=1000),
     ]
 
@@ -284,22 +288,42 @@ def _tool(state: SceneState) -> np.ndarray:
 def _turn(state: SceneState, stage: _Stage) -> np.ndarray:
     """[3], rotation vector in the base frame that is left to turn."""
     now = Rotation.from_euler("xyz", state.ee_pose[3:])
-    return (Rotation.from_matrix(stage.turn(state)) * now.inv()).as_rotvec()
+    return (Rotation.from_matrix(stage.turn(state, stage.goal(state))) * now.inv()).as_rotvec()
 
 
-def _as_is(state: SceneState) -> np.ndarray:
+def _as_is(state: SceneState, goal: np.ndarray | None = None) -> np.ndarray:
     return np.asarray(Rotation.from_euler("xyz", state.ee_pose[3:]).as_matrix())
 
 
-def _grasp_turn(state: SceneState, target: ObjectState, upright: bool) -> np.ndarray:
-    """Straight down. The fingers open along the tool's x axis, which goes across the object's long axis."""
+def _grasp_yaw(state: SceneState, target: ObjectState, upright: bool) -> float:
+    """The fingers open along the tool's x axis, which goes across the object's long axis."""
+    now = _yaw(state)
+    if upright or _round(target):
+        return now
+    across = target.yaw_rad + (np.pi / 2 if target.size[0] > target.size[1] else 0.0)
+    return float(now + (across - now + np.pi / 2) % np.pi - np.pi / 2)
+
+
+def _yaw(state: SceneState) -> float:
     x = _as_is(state)[:, 0]
-    now = float(np.arctan2(x[1], x[0]))
-    yaw = now
-    if not upright and not _round(target):
-        across = target.yaw_rad + (np.pi / 2 if target.size[0] > target.size[1] else 0.0)
-        yaw = now + (across - now + np.pi / 2) % np.pi - np.pi / 2
-    return np.asarray(Rotation.from_euler("z", yaw).as_matrix())
+    return float(np.arctan2(x[1], x[0]))
+
+
+def _leaning(yaw_rad: float, goal: np.ndarray) -> np.ndarray:
+    """Down, but away from the shoulder the higher and the farther the goal is: the wrist bends no further."""
+    way = goal[:2] - _SHOULDER_M
+    reach = float(np.linalg.norm(way))
+    way /= reach
+    high = max(0.0, goal[2] - _STRAIGHT_BELOW_M) * _LEAN_PER_M_UP
+    far = max(0.0, reach - _STRAIGHT_WITHIN_M) * _LEAN_PER_M_AWAY
+    lean = min(high + far, _MAX_LEAN_RAD)
+    tilt = Rotation.from_rotvec(lean * np.array([way[1], -way[0], 0.0]))
+    return np.asarray((tilt * Rotation.from_euler("z", yaw_rad)).as_matrix())
+
+
+def _hanging(state: SceneState, goal: np.ndarray) -> np.ndarray:
+    """As far down as it can point there, with the yaw it has."""
+    return _leaning(_yaw(state), goal)
 
 
 def _round(target: ObjectState) -> bool:
@@ -342,11 +366,11 @@ def _sideways(front: ObjectState, state: SceneState, offset_m: float) -> np.ndar
     return float(place) * left
 
 
-def _hook_turn(front: ObjectState, down: float) -> Callable[[SceneState], np.ndarray]:
+def _hook_turn(front: ObjectState, down: float) -> Callable[[SceneState, np.ndarray], np.ndarray]:
     """Pointing into the cabinet and down, the fingers opening sideways. down: sine of the angle below horizontal."""
     out = _outward(front)
     approach = _raised(-np.sqrt(1 - down**2) * out, -down)
     opening = -np.array([-out[1], out[0], 0.0])
     tool = np.stack([np.cross(opening, approach), opening, approach], axis=1)
     told = tool @ np.array([[0.0, -1.0, 0.0], [-1.0, 0.0, 0.0], [0.0, 0.0, -1.0]]).T
-    return lambda state: told
+    return lambda state, goal: told

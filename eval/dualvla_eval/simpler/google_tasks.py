@@ -7,7 +7,7 @@ and varies stage, light, distractors and camera. Enumeration as in SimplerEnv's 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import product
 from typing import Any
@@ -202,14 +202,6 @@ def robustness_variants() -> tuple[str, ...]:
     return tuple(name for name, variant in _COKE.items() if variant.robustness)
 
 
-def missing_files(suite: str, task: str, variant: str, missing: Callable[[Iterable[str]], list[str]]) -> list[str]:
-    """Which files the episodes of a task in a variant lack. missing: `Assets.missing`."""
-    names: dict[str, None] = {}
-    for episode_id in range(_COUNTS[task]):
-        names.update(dict.fromkeys(setup(suite, task, variant, episode_id).assets))
-    return missing(names)
-
-
 # --- one episode ------------------------------------------------------------------------------------------------------
 
 
@@ -224,6 +216,41 @@ def setup(suite: str, task: str, variant: str, episode_id: int) -> EpisodeSetup:
         raise UsageError(f"Task '{task}' has no episode {episode_id}.", f"ask for 0 to {_COUNTS[task] - 1}")
     aggregated = None if suite == VISUAL_MATCHING else _AGGREGATED[task][variant]
     return _BUILDERS[task](_Request(suite, task, variant, episode_id, aggregated))
+
+
+def prepackaged(
+    task: str, seed: int, xy: XY | None = None, orientation: str | None = None, episode_id: int | None = None
+) -> EpisodeSetup:
+    """What `simpler_env.make(task)` draws when it is reset with `seed` (and with these options, if given).
+
+    xy: of the can or the apple. orientation: of the can. episode_id: of move near.
+    """
+
+    def fresh() -> np.random.RandomState:
+        return np.random.RandomState(seed)
+
+    def request(rng: np.random.RandomState) -> _Request:
+        versions = ("", *(version for version in URDFS.values() if version))
+        by_version = {version: name for name, version in URDFS.items()}
+        return _Request(VISUAL_MATCHING, task, by_version[versions[rng.choice(len(versions))]], seed, None)
+
+    if task == PICK_COKE_CAN:
+        drawn = ("upright", "laid_vertically", "lr_switch")[fresh().choice(3)]
+        x, y = xy or fresh().uniform((-0.35, -0.02), (-0.12, 0.42), 2)
+        return _coke_episode(request(fresh()), (float(x), float(y)), ORIENTATIONS[orientation or drawn])
+    if task == MOVE_NEAR:
+        number = fresh().randint(_COUNTS[task]) if episode_id is None else episode_id
+        return _move_near(replace(request(fresh()), episode_id=int(number)))
+    rng = fresh()
+    drawer = DRAWERS[rng.choice(1 if task == PLACE_APPLE else len(DRAWERS))]
+    names = ("a0", "b0", "c0") if task == PLACE_APPLE else tuple(CABINET_POSES)
+    name = names[rng.choice(len(names))]
+    *stands, yaw = CABINET_POSES[name]
+    robot_xy = (stands[0], stands[1])
+    if task == PLACE_APPLE:
+        x, y = xy or (-0.05, 0.03)
+        return _apple_episode(request(rng), (float(x), float(y)), robot_xy, yaw, name)
+    return _drawer_episode(request(rng), drawer, robot_xy, yaw, name)
 
 
 @dataclass(frozen=True)
@@ -281,10 +308,10 @@ _COKE_XY: XY = (0.35, 0.20)
 def _pick_coke_can(request: _Request) -> EpisodeSetup:
     orientation, place = divmod(request.episode_id, len(_CAN_XYS))
     rotation = tuple(ORIENTATIONS.values())[orientation]
-    return coke_episode(request, _CAN_XYS[place], rotation)
+    return _coke_episode(request, _CAN_XYS[place], rotation)
 
 
-def coke_episode(request: _Request, xy: XY, rotation: Quaternion) -> EpisodeSetup:
+def _coke_episode(request: _Request, xy: XY, rotation: Quaternion) -> EpisodeSetup:
     distractors = request.aggregated.distractors if request.aggregated else ()
     return request.episode(
         robot=request.robot(_COKE_XY),
@@ -402,10 +429,10 @@ def _drawer(request: _Request) -> EpisodeSetup:
         name, (x, y, yaw) = tuple(CABINET_POSES.items())[place]
     else:
         name, (x, y), yaw = None, _VARIED_POSES[place], 0.0
-    return drawer_episode(request, DRAWERS[number], (x, y), yaw, name)
+    return _drawer_episode(request, DRAWERS[number], (x, y), yaw, name)
 
 
-def drawer_episode(request: _Request, drawer: str, xy: XY, yaw_rad: float, photo: str | None) -> EpisodeSetup:
+def _drawer_episode(request: _Request, drawer: str, xy: XY, yaw_rad: float, photo: str | None) -> EpisodeSetup:
     closing = request.task == CLOSE_DRAWER
     return request.episode(
         instructions=(f"{'close' if closing else 'open'} {drawer} drawer",),
@@ -423,11 +450,11 @@ def _place_apple(request: _Request) -> EpisodeSetup:
     if request.aggregated is None:
         name = ("a0", "b0", "c0")[place]
         x, y, yaw = CABINET_POSES[name]
-        return apple_episode(request, _APPLE_XYS[spot], (x, y), yaw, name)
-    return apple_episode(request, _APPLE_XYS[spot], (0.65, (-0.2, 0.0, 0.2)[place]), 0.0, None)
+        return _apple_episode(request, _APPLE_XYS[spot], (x, y), yaw, name)
+    return _apple_episode(request, _APPLE_XYS[spot], (0.65, (-0.2, 0.0, 0.2)[place]), 0.0, None)
 
 
-def apple_episode(request: _Request, apple_xy: XY, xy: XY, yaw_rad: float, photo: str | None) -> EpisodeSetup:
+def _apple_episode(request: _Request, apple_xy: XY, xy: XY, yaw_rad: float, photo: str | None) -> EpisodeSetup:
     matching = request.aggregated is None
     apple = baked("apple") if matching else "apple"
     return request.episode(

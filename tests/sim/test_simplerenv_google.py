@@ -1,0 +1,212 @@
+"""Suites simpler-google-*: the Google Robot against rollouts recorded from the original SimplerEnv."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image
+
+from dualvla.errors import DataError, UsageError
+from dualvla_eval.reasoning import parse
+from dualvla_eval.simpler import google_tasks as tasks
+from dualvla_eval.simpler.assets import Assets
+from dualvla_eval.simpler.specs import EpisodeSetup
+from dualvla_eval.suites import get_suite
+
+GOLDEN = Path(__file__).parent / "golden_simpler"
+FREE = sorted(p.stem for p in GOLDEN.glob("google_*.json"))
+CONTACT = sorted(f"contact/{p.stem}" for p in (GOLDEN / "contact").glob("google_*.json"))
+# Rollouts whose object does not end within 1 cm of the original's (docs/simplerenv.md says how far each is): held in
+# closing fingers, objects shift differently under SAPIEN 3.
+LOOSE_MM = {name: 30.0 for name in CONTACT if "coke" in name or "near" in name}
+# The orange rolls to another place in this one.
+ROLLING = {"google_robot_move_near_0": "orange"}
+
+
+def golden(name: str) -> dict[str, Any]:
+    return json.loads((GOLDEN / f"{name}.json").read_text())
+
+
+def setup_of(recorded: dict[str, Any]) -> EpisodeSetup:
+    options = recorded["options"].get("obj_init_options", {})
+    xy = options.get("init_xy")
+    return tasks.prepackaged(
+        recorded["name"],
+        recorded["seed"],
+        tuple(xy) if xy else None,
+        options.get("orientation"),
+        recorded["episode_id"],
+    )
+
+
+def offset_mm(pose: Any, expected: list[float]) -> float:
+    return 1e3 * float(np.linalg.norm(np.subtract(pose.p, expected[:3])))
+
+
+def turn_deg(pose: Any, expected: list[float]) -> float:
+    cosine = abs(float(np.dot(pose.q, expected[3:]) / np.linalg.norm(expected[3:]) / np.linalg.norm(pose.q)))
+    return float(np.degrees(2 * np.arccos(min(cosine, 1.0))))
+
+
+def boxed(picture: np.ndarray) -> np.ndarray:
+    return np.asarray(Image.fromarray(picture).resize((160, 120), Image.Resampling.BOX), dtype=np.float64)
+
+
+@pytest.fixture(scope="module")
+def env(simpler_assets: Assets) -> Any:
+    from dualvla_eval.simpler.env import SimplerEnv
+
+    made = SimplerEnv(simpler_assets, 640, 512)
+    yield made
+    made.close()
+
+
+def test_every_cell_has_the_originals_number_of_episodes() -> None:
+    totals = {
+        suite: {task: sum(n for t, _, n, _ in tasks.suite_cells(suite) if t == task) for task in tasks.MAX_STEPS}
+        for suite in (tasks.VISUAL_MATCHING, tasks.VARIANT_AGGREGATION)
+    }
+    assert list(totals[tasks.VISUAL_MATCHING].values()) == [300, 240, 108, 108, 108]
+    assert list(totals[tasks.VARIANT_AGGREGATION].values()) == [825, 600, 189, 189, 189]
+    averaged = [
+        (task, n) for task, variant, n, _ in tasks.suite_cells(tasks.VARIANT_AGGREGATION)
+        if variant not in tasks.robustness_variants()
+    ]  # fmt: skip
+    assert [sum(n for t, n in averaged if t == task) for task in tasks.MAX_STEPS] == [675, 480, 189, 189, 189]
+
+
+def test_move_near_lists_the_originals_episodes() -> None:
+    table = json.loads((GOLDEN / "simplerenv_episodes.json").read_text())["google_robot_move_near_v1"]
+    for i in range(60):
+        setup = tasks.setup(tasks.VISUAL_MATCHING, tasks.MOVE_NEAR, "base", i)
+        triplet = table["triplets"][i // 12]
+        assert [o.model for o in setup.objects] == triplet
+        assert setup.source == triplet[table["source_obj_ids"][i % 6]]
+        assert setup.target == triplet[table["target_obj_ids"][i % 6]]
+        xys = table["xy_config_per_triplet"][i % 12 // 6]
+        np.testing.assert_allclose([o.pose.position[:2] for o in setup.objects], xys)
+        for spec in setup.objects:
+            expected = table["init_rot_quat_by_model"][spec.model]
+            assert abs(np.dot(spec.pose.rotation, expected)) == pytest.approx(1, abs=1e-5)
+
+
+def test_an_unknown_name_or_number_is_refused() -> None:
+    with pytest.raises(UsageError, match="no variant 'bace'"):
+        tasks.setup(tasks.VISUAL_MATCHING, tasks.MOVE_NEAR, "bace", 0)
+    with pytest.raises(UsageError, match="no episode 75"):
+        tasks.setup(tasks.VISUAL_MATCHING, tasks.PICK_COKE_CAN, "base", 75)
+
+
+def test_distractors_keep_away_from_the_can() -> None:
+    for episode_id in range(75):
+        can, *others = tasks.setup(
+            tasks.VARIANT_AGGREGATION, tasks.PICK_COKE_CAN, "distractors_more", episode_id
+        ).objects
+        assert len(others) == 6
+        for other in others:
+            assert other.later
+            assert np.linalg.norm(np.subtract(other.pose.position[:2], can.pose.position[:2])) > 0.25
+
+
+def test_a_variant_whose_stage_is_missing_is_refused_by_name(simpler_assets: Assets) -> None:
+    suite = get_suite(tasks.VARIANT_AGGREGATION)
+    with pytest.raises(DataError, match=r"google_robot_pick_coke_can / table_1 lacks stages/Baked_sc1"):
+        suite.check([suite.task(tasks.PICK_COKE_CAN, "table_1")])
+    suite.check([suite.task(tasks.PICK_COKE_CAN, "darker")])
+
+
+@settings(deadline=None, max_examples=10)
+@given(
+    st.lists(st.floats(-2, 2), min_size=2, max_size=2),
+    st.lists(st.floats(-1.5, 1.5), min_size=2, max_size=2),
+    st.lists(st.floats(-2, 2), min_size=2, max_size=2),
+)
+def test_a_plan_starts_where_it_is_told_and_keeps_its_limits(
+    start: list[float], velocity: list[float], goal: list[float]
+) -> None:
+    pytest.importorskip("mani_skill")
+    from dualvla_eval.simpler.google_control import MotionLimits, plan
+
+    limits = MotionLimits(1.5, 2.0, 50.0)
+    path = plan(np.array(start), np.array(velocity), np.array(goal), limits, 513, 3600)
+    np.testing.assert_allclose(path.positions[0], start, atol=1e-9)
+    np.testing.assert_allclose(path.velocities[0], velocity, atol=1e-9)
+    assert np.abs(path.velocities).max() <= 1.5 + 1e-6
+    assert np.abs(np.diff(path.velocities, axis=0)).max() * 513 <= 2.0 + 1e-3
+    np.testing.assert_allclose(path.positions[-1], goal, atol=1e-6)
+
+
+@pytest.mark.slow
+@pytest.mark.sim
+@pytest.mark.parametrize("name", FREE)
+def test_free_motion_follows_the_original(env: Any, name: str) -> None:
+    recorded = golden(name)
+    obs, _ = env.reset(options={"setup": setup_of(recorded)})
+    check_start(env, obs, recorded, name)
+    for i, action in enumerate(recorded["actions"], 1):
+        env.step_native(np.array(action))
+        tool = env.task.agent.tool_poses()[0]
+        assert offset_mm(tool, recorded["tcp"][i]) < 0.5, i
+        assert turn_deg(tool, recorded["tcp"][i]) < 0.1, i
+
+
+@pytest.mark.slow
+@pytest.mark.sim
+@pytest.mark.parametrize("name", CONTACT)
+def test_a_whole_episode_ends_as_in_the_original(env: Any, name: str) -> None:
+    recorded = golden(name)
+    obs, info = env.reset(options={"setup": setup_of(recorded)})
+    check_start(env, obs, recorded, name)
+    travelled = []
+    for action, instruction in zip(recorded["actions"], recorded["instructions"][1:], strict=True):
+        obs, _, _, _, info = env.step_native(np.array(action))
+        assert obs["instruction"] == instruction
+        travelled.append(info["stats"].get("qpos"))
+    assert info["success"] == recorded["success"]
+    source = env.task.setup.source
+    if source in recorded["objects_final"]:
+        assert offset_mm(env.world.pose(source), recorded["objects_final"][source]) < LOOSE_MM.get(name, 10)
+    if "cabinet_qpos" in recorded:
+        theirs = np.array(recorded["cabinet_qpos"])[
+            1:, recorded["cabinet_joints"].index(f"{recorded['drawer_id']}_drawer_joint")
+        ]
+        assert np.abs(np.array(travelled) - theirs).max() < 0.02
+
+
+def check_start(env: Any, obs: dict[str, Any], recorded: dict[str, Any], name: str) -> None:
+    setup = env.task.setup
+    assert obs["instruction"] == recorded["instruction"]
+    assert setup.max_steps == recorded["max_episode_steps"]
+    np.testing.assert_allclose(setup.robot.pose.position, recorded["base_pose"][:3], atol=1e-6)
+    for model, expected in recorded["objects"].items():
+        if model not in ("arena", ROLLING.get(name)):
+            assert offset_mm(env.world.pose(model), expected) < 1, model
+            assert turn_deg(env.world.pose(model), expected) < 1, model
+    picture, theirs = boxed(obs["images"]["main"]), np.asarray(Image.open(GOLDEN / f"{name}.png").convert("RGB"))
+    error = np.abs(picture - theirs)
+    simulated = np.any(boxed(env.task.photo) != theirs, axis=-1)
+    assert error.mean() <= 1.0
+    assert name in ROLLING or error[simulated].mean() <= 4.0
+
+
+@pytest.mark.slow
+@pytest.mark.sim
+@pytest.mark.parametrize(
+    ("task", "episode_id"), [(tasks.OPEN_DRAWER, 13), (tasks.CLOSE_DRAWER, 22), (tasks.PICK_COKE_CAN, 20)]
+)
+def test_the_expert_solves_the_task_and_says_what_it_does(env: Any, task: str, episode_id: int) -> None:
+    from dualvla_eval.experts import make_expert
+
+    env.reset(options={"setup": tasks.setup(tasks.VISUAL_MATCHING, task, "base", episode_id)})
+    expert, info = make_expert(env, np.random.default_rng(0)), {"success": False}
+    for _ in range(env.task.setup.max_steps):
+        decided = expert.act()
+        assert parse(decided.reasoning) is not None
+        *_, info = env.step(decided.action)
+    assert info["success"]
