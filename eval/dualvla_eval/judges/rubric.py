@@ -17,6 +17,7 @@ from dualvla_eval.judges.oracle import Truth, read_state, truths
 from dualvla_eval.reasoning import StatedReasoning, Step, parse
 from dualvla_eval.results import Trajectory
 from dualvla_eval.sim.base import SceneState
+from dualvla_eval.simpler.widowx_tasks import TASKS as WIDOWX_TASKS
 from dualvla_eval.tasks.blocks import TASKS
 
 _STILL_M = 0.002  # a displacement below this is not a motion
@@ -90,7 +91,7 @@ def _judge(trajectory: Trajectory) -> Verdict:
     if trajectory.num_steps == 0:
         return Verdict(unjudged="the episode ended before its first step")
     states = [read_state(s) for s in trajectory.states]
-    if states[0].task not in TASKS:
+    if states[0].task not in TASKS | WIDOWX_TASKS:
         return Verdict(unjudged=f"the rubric has no expert for task '{states[0].task}'")
     tool = trajectory.ee_pose[:, :3]
     evidence = _Evidence(trajectory, states, truths(trajectory, states), tool, np.diff(tool, axis=0))
@@ -213,7 +214,8 @@ def _collisions(e: _Evidence) -> list[str]:
     """The arm's blows against the table and the place, and what the carried object knocked aside, each told once."""
     first, last = e.states[0], e.states[-1]
     found = []
-    for name in ("table", first.reference):
+    pressed = (first.reference,) if first.task in WIDOWX_TASKS else ("table", first.reference)
+    for name in pressed:  # the WidowX's fingers reach the table wherever it takes something flat
         hits = [name is not None and "robot" in s.touching(name) for s in e.states]
         starts = [t for t, hit in enumerate(hits) if hit and not (t and hits[t - 1])]
         found += [f"the arm hit the {name} at step {t}" for t in starts]
