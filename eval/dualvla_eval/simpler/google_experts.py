@@ -27,6 +27,7 @@ _SHOULDER_M = np.array([0.0, -0.43])  # about where the arm begins, in the base 
 _STRAIGHT_BELOW_M, _LEAN_PER_M_UP = 0.82, 2.2
 _STRAIGHT_WITHIN_M, _LEAN_PER_M_AWAY = 0.75, 1.4
 _MAX_LEAN_RAD = 0.6
+_CROSSED_RAD = 0.36
 _STANDS_M = 0.05  # a centre higher above it is that of something that stands
 
 
@@ -138,7 +139,7 @@ def _fetch(target: str, state: SceneState) -> list[_Stage]:
     lower, hover = (0.02, 0.11) if upright else (-0.004, 0.085)
 
     def turn(state: SceneState, goal: np.ndarray) -> np.ndarray:
-        return _leaning(_grasp_yaw(state, state.object(target), upright), goal)
+        return _leaning(_grasp_yaw(state, state.object(target), upright), goal, _least_lean(state))
 
     def above(state: SceneState) -> np.ndarray:
         return _over(state.object(target), hover)
@@ -309,21 +310,26 @@ def _yaw(state: SceneState) -> float:
     return float(np.arctan2(x[1], x[0]))
 
 
-def _leaning(yaw_rad: float, goal: np.ndarray) -> np.ndarray:
+def _leaning(yaw_rad: float, goal: np.ndarray, least_rad: float = 0.0) -> np.ndarray:
     """Down, but away from the shoulder the higher and the farther the goal is: the wrist bends no further."""
     way = goal[:2] - _SHOULDER_M
     reach = float(np.linalg.norm(way))
     way /= reach
     high = max(0.0, goal[2] - _STRAIGHT_BELOW_M) * _LEAN_PER_M_UP
     far = max(0.0, reach - _STRAIGHT_WITHIN_M) * _LEAN_PER_M_AWAY
-    lean = min(high + far, _MAX_LEAN_RAD)
+    lean = min(max(high + far, least_rad), _MAX_LEAN_RAD)
     tilt = Rotation.from_rotvec(lean * np.array([way[1], -way[0], 0.0]))
     return np.asarray((tilt * Rotation.from_euler("z", yaw_rad)).as_matrix())
 
 
+def _least_lean(state: SceneState) -> float:
+    """Beside the cabinet the arm reaches across itself, and points down even less."""
+    return _CROSSED_RAD if any(o.shape == "drawer" for o in state.objects) else 0.0
+
+
 def _hanging(state: SceneState, goal: np.ndarray) -> np.ndarray:
     """As far down as it can point there, with the yaw it has."""
-    return _leaning(_yaw(state), goal)
+    return _leaning(_yaw(state), goal, _least_lean(state))
 
 
 def _round(target: ObjectState) -> bool:
