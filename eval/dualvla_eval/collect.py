@@ -27,6 +27,7 @@ _EPISODES_PER_PART = 25
 _QUESTIONS_PER_PART = 100
 _MAX_ATTEMPTS = 50
 _FOLLOW_THROUGH = 2  # steps after success: a demonstration goes deeper than the test asks
+_LONG_FOLLOW_THROUGH = 8  # where success may come before the object is let go, and has to last
 _MAX_STEP_M = 0.03
 
 
@@ -171,7 +172,8 @@ def demonstrate(env: SimEnv, suite: Suite, episode: Episode, noise: Noise) -> tu
     obs, info = env.reset(options={"episode": episode})
     expert = make_expert(env, rng)
     rows: list[dict[str, Any]] = []
-    follow_through = _FOLLOW_THROUGH
+    lasting = suite.default_conventions.get("termination") == "original"
+    follow_through = _LONG_FOLLOW_THROUGH if lasting else _FOLLOW_THROUGH
     source = "train" if episode.variant == suite.task(episode.task).variant else f"train-{episode.variant}"
     while True:
         decided = expert.act()
@@ -201,11 +203,11 @@ def demonstrate(env: SimEnv, suite: Suite, episode: Episode, noise: Noise) -> tu
         obs, _, _, truncated, info = env.step(disturb(decided.action, len(rows) - 1))
         if info["failure"]:
             return rows, info["failure"]
-        if truncated:
+        if truncated and not info["success"]:
             return rows, "ran out of steps"
         if info["success"]:
             follow_through -= 1
-        if follow_through < 0:
+        if truncated or (info["success"] and follow_through < 0):
             return rows, None
 
 

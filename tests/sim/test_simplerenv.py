@@ -117,7 +117,7 @@ def test_a_rollout_of_the_original_is_repeated(env: Any, name: str) -> None:
 @pytest.mark.sim
 @pytest.mark.parametrize("task", list(widowx_tasks.TASKS))
 def test_the_expert_solves_the_task_and_says_what_it_does(env: Any, task: str) -> None:
-    """Three episodes; all 24 are counted in benchmarks/simpler_experts.py."""
+    """Three episodes of 24: `dualvla eval --policy expert --suite simpler-widowx` counts all."""
     for episode_id in (1, 10, 23):
         start(env, task, episode_id)
         expert, texts, events, info = make_expert(env, np.random.default_rng(0)), [], [], {"success": False}
