@@ -49,10 +49,14 @@ def train(*jobs: TrainJob, workers: int = 1, prepare: Callable[[], None] | None 
             context.Process(target=_worker, args=(rank, workers, f"{folder}/store", jobs, prepare))
             for rank in range(workers)
         ]
-        for process in group:
-            process.start()
-        for process in group:
-            process.join()
+        try:
+            for process in group:
+                process.start()
+            for process in group:
+                process.join()
+        finally:
+            for process in group:
+                process.kill()  # if the test was given up
     return [process.exitcode for process in group]
 
 
