@@ -59,10 +59,11 @@ class Nodes:
     nodes: list[Node] = field(default_factory=list)
 
     def add(self, cpus: int, name: str | None = None) -> Node:
-        """A worker node, once it has joined."""
-        before = alive(self.head)
+        """A worker node, once it has joined; not before the head knows of those that are lost."""
+        living = [node for node in self.nodes if node.process.poll() is None]
+        self._wait(living[0], lambda: alive(self.head) == len(living))
         node = self._start(name or f"node-{len(self.nodes)}", [f"--address={self.gcs}", f"--num-cpus={cpus}"])
-        self._wait(node, lambda: alive(self.head) > before)
+        self._wait(node, lambda: alive(self.head) > len(living))
         return node
 
     def _start(self, name: str, options: list[str]) -> Node:
