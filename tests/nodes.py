@@ -75,7 +75,7 @@ class Nodes:
         command += ["--object-store-memory=80000000", "--min-worker-port=0", "--max-worker-port=0"]
         command += [f"--dashboard-agent-listen-port={agent}", f"--dashboard-agent-grpc-port={grpc}"]
         command += [f"--runtime-env-agent-port={runtime}", f"--metrics-export-port={metrics}"]
-        script = f'mount --bind "{folder}" /tmp && cd /tmp/work && exec "$@"'
+        script = f'{_keep_code(folder)}mount --rbind "{folder}" /tmp && cd /tmp/work && exec "$@"'
         log = self.root / f"{name}.log"
         with log.open("wb") as output:
             process = subprocess.Popen(
@@ -95,6 +95,13 @@ class Nodes:
             assert node.process.poll() is None, node.log.read_text()
             assert time.monotonic() < deadline, node.log.read_text()
             time.sleep(0.3)
+
+
+def _keep_code(folder: Path) -> str:
+    """Shell commands that leave the checkout and its Python in sight where they lie below the /tmp that is covered."""
+    code = {Path(__file__).parents[1], Path(sys.prefix)}
+    below = [path.relative_to("/tmp") for path in code if path.is_relative_to("/tmp")]
+    return "".join(f'mkdir -p "{folder / p}" && mount --bind "/tmp/{p}" "{folder / p}" && ' for p in sorted(below))
 
 
 def alive(head: Head) -> int:
