@@ -318,7 +318,8 @@ def test_light_and_dark_differ_and_the_choice_goes_along_to_the_next_page(open_p
     page.locator("#theme").click()
     after = page.evaluate(background)
     assert before != after
-    page.get_by_role("link", name="Tasks").click()
+    with page.expect_navigation():
+        page.get_by_role("link", name="Tasks").click()
     assert page.evaluate(background) == after
 
 

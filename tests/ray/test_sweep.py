@@ -214,14 +214,16 @@ def test_seeds_and_videos_on_the_command_line():
 
 
 class SlowPolicy(FakePolicy):
-    """Takes its time, whatever the batch; notes how large batches are."""
+    """Takes its time, whatever the batch, until both simulators are there; notes how large batches are."""
 
     def __init__(self, notes):
         super().__init__()
         self._notes = Path(notes)
+        self._largest = 0
 
     def infer(self, observations, sessions):
-        time.sleep(0.05)
+        time.sleep(0.05 if self._largest > 3 else 2.0)
+        self._largest = max(self._largest, len(observations))
         (self._notes / f"{time.monotonic_ns()}").write_text(str(len(observations)))
         return super().infer(observations, sessions)
 

@@ -7,6 +7,7 @@ import socket
 import threading
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 
 import msgpack
 import numpy as np
@@ -220,7 +221,7 @@ def test_a_teacher_that_went_away_is_asked_again_and_then_named(
     service, processor = TeacherService(folder), _student(folder)
     batch = processor.collate(fakes.mixed(), seed=0, step=0)
     waits: list[float] = []
-    monkeypatch.setattr(remote.time, "sleep", waits.append)
+    monkeypatch.setattr(remote, "time", SimpleNamespace(sleep=waits.append))  # other threads sleep too
     with _served(service) as url:
         teacher = RemoteTeacher(url, "robot", processor)
         expected = teacher.targets(batch)["velocity"]
