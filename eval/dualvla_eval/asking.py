@@ -59,25 +59,12 @@ class PrivilegedPolicy(Protocol):
         """Called once an episode, after the environment was reset and before the first `infer` of that session."""
 
 
-class Batched:
-    """Asks a policy about all observations that have come while it was busy, without waiting for any other.
+class _OfThisProcess:
+    """What an episode tells a policy beside its questions."""
 
-    max_batch: at most so many at once. executor: where the policy computes, so that questions come in meanwhile; None:
-    here, once every episode that could go on has asked.
-    """
-
-    def __init__(self, policy: Policy, max_batch: int | None = None, executor: Executor | None = None):
+    def __init__(self, policy: Policy):
         self.spec = policy.spec
-        self._policy, self._max_batch, self._executor = policy, max_batch, executor
-        self._waiting: deque[tuple[Observation, str, asyncio.Future[Answer]]] = deque()
-        self._worker: asyncio.Task[None] | None = None
-
-    async def ask(self, observation: Observation, session: str) -> Answer:
-        answer: asyncio.Future[Answer] = asyncio.get_running_loop().create_future()
-        self._waiting.append((observation, session, answer))
-        if self._worker is None:
-            self._worker = asyncio.create_task(self._work())
-        return await answer
+        self._policy = policy
 
     def attach(self, session: str, env: SimEnv, episode: Episode) -> None:
         if isinstance(self._policy, PrivilegedPolicy):
@@ -89,6 +76,27 @@ class Batched:
 
     def reset(self, session: str) -> None:
         self._policy.reset(session)
+
+
+class Batched(_OfThisProcess):
+    """Asks a policy about all observations that have come while it was busy, without waiting for any other.
+
+    max_batch: at most so many at once. executor: where the policy computes, so that questions come in meanwhile; None:
+    here, once every episode that could go on has asked.
+    """
+
+    def __init__(self, policy: Policy, max_batch: int | None = None, executor: Executor | None = None):
+        super().__init__(policy)
+        self._max_batch, self._executor = max_batch, executor
+        self._waiting: deque[tuple[Observation, str, asyncio.Future[Answer]]] = deque()
+        self._worker: asyncio.Task[None] | None = None
+
+    async def ask(self, observation: Observation, session: str) -> Answer:
+        answer: asyncio.Future[Answer] = asyncio.get_running_loop().create_future()
+        self._waiting.append((observation, session, answer))
+        if self._worker is None:
+            self._worker = asyncio.create_task(self._work())
+        return await answer
 
     async def _work(self) -> None:
         while self._waiting:
@@ -120,28 +128,13 @@ class Batched:
         return await loop.run_in_executor(self._executor, self._policy.infer, observations, sessions)
 
 
-class Direct:
+class Direct(_OfThisProcess):
     """A policy of this process that answers faster than it could wait for others: an expert, the random policy."""
-
-    def __init__(self, policy: Policy):
-        self.spec = policy.spec
-        self._policy = policy
 
     async def ask(self, observation: Observation, session: str) -> Answer:
         started = time.perf_counter()
         replies: Sequence[PolicyReply | None] = self._policy.infer([observation], [session])
         return Answer(replies[0] if replies else None, (time.perf_counter() - started) * 1e3)
-
-    def attach(self, session: str, env: SimEnv, episode: Episode) -> None:
-        if isinstance(self._policy, PrivilegedPolicy):
-            self._policy.attach(session, env, episode)
-
-    def renew(self, session: str) -> None:
-        if not isinstance(self._policy, PrivilegedPolicy):  # that one has seen it coming
-            self._policy.reset(session)
-
-    def reset(self, session: str) -> None:
-        self._policy.reset(session)
 
 
 class Remote:

@@ -6,6 +6,7 @@ finds it by `RobotSetup.kind`.
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from typing import Any, ClassVar
 
@@ -23,7 +24,7 @@ PARKED = sapien.Pose([-10, 0, 0])  # where the robot waits until the objects hav
 _GLOSS = {"specular": 0.9, "roughness": 0.3}
 
 
-class SimplerAgent(BaseAgent):
+class SimplerAgent(BaseAgent, ABC):
     """urdf_files: version -> file name. tool: the link whose pose is commanded.
 
     materials: link -> (friction, radius of the contact patch). collision_groups: link -> the four words of SAPIEN.
@@ -96,9 +97,9 @@ class SimplerAgent(BaseAgent):
             for b, t in zip(_raw(self.base_link), _raw(self.tool_link), strict=True)
         ]
 
+    @abstractmethod
     def target_poses(self) -> list[sapien.Pose]:
         """Where the arm was commanded to, in the frame of the base, one an environment."""
-        raise NotImplementedError
 
     def qpos(self) -> np.ndarray:
         """[N, joints], rad and m, in the order of `joint_names`."""
@@ -108,17 +109,17 @@ class SimplerAgent(BaseAgent):
     def joint_names(self) -> list[str]:
         return [joint.name for joint in self.robot.active_joints]
 
+    @abstractmethod
     def native_action(self, action: np.ndarray) -> np.ndarray:
         """An action of space "ee_delta_pose+gripper" [7] as the original's [7], whose gripper is its own."""
-        raise NotImplementedError
 
+    @abstractmethod
     def openings(self) -> np.ndarray:
         """[N], as measured: 0 closed to 1 open."""
-        raise NotImplementedError
 
+    @abstractmethod
     def commanded_openings(self) -> np.ndarray:
         """[N], as commanded last: 0 closed to 1 open."""
-        raise NotImplementedError
 
 
 def scene_on_cpu(scene: Any) -> bool:
