@@ -73,7 +73,7 @@ class Watch:
 def by_domain(metrics: dict[str, float], weights: LossWeights) -> dict[str, float]:
     """loss_robot and loss_multimodal, which add up to the loss."""
     parts = {"loss_robot": 0.0, "loss_multimodal": 0.0}
-    for name in metrics.keys() & set(LOSS_TERMS):
+    for name in (term for term in LOSS_TERMS if term in metrics):  # in one order: sums differ in their last bit
         domain = "loss_multimodal" if name in _OF_QUESTIONS else "loss_robot"
         parts[domain] += getattr(weights, "kd" if name.startswith("kd_") else name) * metrics[name]
     return parts

@@ -107,7 +107,7 @@ def test_the_dual_stage_resumes_and_shards_exactly_too(straight, data, tmp_path)
     moved = {name for name in after if not torch.equal(before[name], after[name])}
     assert any(".adapters." in name for name in moved)
     assert not any(name.startswith("head.") for name in moved)
-    assert all(line["kd_flow"] >= 0 and line["kd_token"] >= 0 for line in losses(tmp_path / "one"))
+    assert all(line["kd_flow"] >= 0 and line["kd_token"] > -1e-6 for line in losses(tmp_path / "one"))  # rounded
 
 
 @pytest.mark.slow
