@@ -279,11 +279,14 @@ def apply_profile(arguments: argparse.Namespace, stage: str, count: str = "worke
     Raises: UsageError for an unknown profile.
     """
     _reserved.pop(stage, None)
+    given = getattr(arguments, count)
+    if isinstance(given, _Unsaid):
+        setattr(arguments, count, int(given))  # no YAML writer takes another kind of int
     if arguments.profile is None:
         return
     profile = get_profile(arguments.profile)
     work = profile.work(stage)
-    if isinstance(getattr(arguments, count), (_Unsaid, NoneType)):
+    if isinstance(given, (_Unsaid, NoneType)):
         setattr(arguments, count, work.workers)
     for name in ("cpus", "gpus"):
         if name in arguments and getattr(arguments, name) is None:
