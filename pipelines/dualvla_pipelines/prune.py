@@ -32,6 +32,8 @@ DETECTOR_KIND = "detector"
 _SCENE_MODES = ("both", "scene", "random")
 # Actors that hold every CPU starve Ray Data's own tasks, and it waits for ever without an error.
 _CPUS_PER_WORKER = 0.5
+# Ray Data takes about 10 ms of the driver for a task, beside workers that hold every core: parts go in small groups.
+_TASKS_PER_WORKER, _MOST_PARTS_A_TASK = 32, 8
 _RETRIES = 2  # of a part whose worker died, before the job stops: a part that kills every worker must not loop for ever
 
 
@@ -204,7 +206,7 @@ class _Worker:
 
 
 def on_ray(job: PruneJob, names: Sequence[str], workers: Workers) -> Iterator[tuple[str, dict[str, Any]]]:
-    """(part, tally) as the parts finish. One part is one block: no shuffle, and no image crosses a process."""
+    """(part, tally) as the parts finish. A few names are one block: no shuffle, and no image crosses a process."""
     import ray
 
     from dualvla_cluster import resources
@@ -215,11 +217,12 @@ def on_ray(job: PruneJob, names: Sequence[str], workers: Workers) -> Iterator[tu
     logging.getLogger("ray.data").setLevel(logging.ERROR)  # it announces every plan, and that its bars are off
     cluster = ray.cluster_resources()
     count, shares = workers.plan(len(names), cluster["CPU"], cluster.get("GPU", 0.0), job.detector is not None)
+    tasks = max(math.ceil(len(names) / _MOST_PARTS_A_TASK), min(len(names), count * _TASKS_PER_WORKER))
     options = resources.reservation("prune", cpus=shares["num_cpus"], gpus=shares["num_gpus"])
     with warnings.catch_warnings():
         # Deprecated for 2.64, but without it Ray Data tries a part that kills its worker for ever.
         warnings.simplefilter("ignore", DeprecationWarning)
-        parts = ray.data.from_items([{"name": name} for name in names], override_num_blocks=len(names)).map(
+        parts = ray.data.from_items([{"name": name} for name in names], override_num_blocks=tasks).map(
             _Worker,
             fn_constructor_args=(job, "cuda" if options["num_gpus"] else "cpu"),
             compute=ray.data.ActorPoolStrategy(size=count),

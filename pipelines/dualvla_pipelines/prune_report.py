@@ -10,7 +10,9 @@ from __future__ import annotations
 import json
 import logging
 import math
+import os
 from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
@@ -217,35 +219,36 @@ def _timelines(out: str, sample: Sequence[_Sampled], count: int, camera: str | N
         by_task.setdefault(episode.columns["task"][0] or "", []).append(episode)
     longest = max((len(episodes) for episodes in by_task.values()), default=0)
     turns = [by_task[t][i] for i in range(longest) for t in sorted(by_task) if i < len(by_task[t])][:count]
-    shown = []
-    for number, episode in enumerate(turns):
-        images = dataset.read_table(episode.part, ["images"])["images"].slice(episode.first_row, len(episode.keep))
-        try:
-            frames = decode_frames(images, camera)
-        except DataError as error:  # modes that need no image let broken ones pass
-            log.warning("no timeline of '%s': %s", episode.episode_id, error)
-            continue
-        name = f"timeline-{number:02d}.png"
-        storage.write_bytes(storage.join(out, FOLDER, name), timeline.draw(_as_timeline(episode, frames)))
-        columns = episode.columns
-        shown.append(
-            {
-                "file": name,
-                "episode_id": episode.episode_id,
-                "task": columns["task"][0],
-                "instruction": columns["instruction"][0],
-                "frames": len(frames),
-                "kept_frames": int(episode.keep.sum()),
-                "steps": [
-                    {"step": step, "scene": scene, "action": action, "kept": kept, "reasoning": text, "events": events}
-                    for step, scene, action, kept, text, events in zip(
-                        *(columns[c] for c in ("step", "scene_label", "action_label", "keep_reasoning", "reasoning",
-                                               "events")), strict=True,
-                    )
-                ],
-            }
-        )  # fmt: skip
-    return shown
+    with ThreadPoolExecutor(os.cpu_count()) as pool:  # Pillow works outside of Python's lock
+        drawn = pool.map(lambda at: _timeline(out, f"timeline-{at[0]:02d}.png", at[1], camera), enumerate(turns))
+        return [one for one in drawn if one is not None]
+
+
+def _timeline(out: str, name: str, episode: _Sampled, camera: str | None) -> dict[str, Any] | None:
+    """Draws one episode, and returns what is in the picture; None if its images are broken."""
+    images = dataset.read_table(episode.part, ["images"])["images"].slice(episode.first_row, len(episode.keep))
+    try:
+        frames = decode_frames(images, camera)
+    except DataError as error:  # modes that need no image let broken ones pass
+        log.warning("no timeline of '%s': %s", episode.episode_id, error)
+        return None
+    storage.write_bytes(storage.join(out, FOLDER, name), timeline.draw(_as_timeline(episode, frames)))
+    columns = episode.columns
+    return {
+        "file": name,
+        "episode_id": episode.episode_id,
+        "task": columns["task"][0],
+        "instruction": columns["instruction"][0],
+        "frames": len(frames),
+        "kept_frames": int(episode.keep.sum()),
+        "steps": [
+            {"step": step, "scene": scene, "action": action, "kept": kept, "reasoning": text, "events": events}
+            for step, scene, action, kept, text, events in zip(
+                *(columns[c] for c in ("step", "scene_label", "action_label", "keep_reasoning", "reasoning", "events")),
+                strict=True,
+            )
+        ],
+    }
 
 
 def _as_timeline(episode: _Sampled, frames: np.ndarray) -> timeline.Episode:

@@ -63,7 +63,8 @@ def draw(episode: Episode) -> bytes:
     bottom = pen.cells(bottom, "reasoning kept", episode.keep, _KEPT)
     bottom = _cards(canvas, pen, episode, _axis(pen, episode, bottom))
     sink = io.BytesIO()
-    canvas.crop((0, 0, _WIDTH, bottom)).quantize(256).save(sink, format="PNG", optimize=True)
+    few = canvas.crop((0, 0, _WIDTH, bottom)).quantize(256, Image.Quantize.FASTOCTREE)
+    few.save(sink, format="PNG", optimize=True)
     return sink.getvalue()
 
 
