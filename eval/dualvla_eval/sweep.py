@@ -221,7 +221,7 @@ def _run_items(config: SimulatorConfig, items: Sequence[WorkItem], machinery: Ma
         errors_crash=True,
     )
     with (
-        _hosts(config, list(left), machinery, max_batch) as (hosts, options),
+        _hosts(config, left, machinery, max_batch) as (hosts, options),
         console.progress("evaluate", total=len(items), done=len(items) - len(pending)) as advance,
     ):
 
@@ -242,17 +242,17 @@ def _run_items(config: SimulatorConfig, items: Sequence[WorkItem], machinery: Ma
 
 @contextmanager
 def _hosts(
-    config: SimulatorConfig, refs: Sequence[PolicyRef], machinery: Machinery, max_batch: int | None
+    config: SimulatorConfig, left: Mapping[PolicyRef, int], machinery: Machinery, max_batch: int | None
 ) -> Iterator[tuple[list[Any], dict[str, Any]]]:
-    """The hosts that the policies need, and Ray's options of a simulator.
+    """The hosts that the policies need, and Ray's options of a simulator. left: policy -> how many episodes wait for it.
 
     On a Ray of our own all share its CPUs, whatever their number. On a cluster each takes a whole one, so that an
     autoscaler sees what is wanted; hosts come first, as nothing goes on without them. They begin to load at once.
     """
     ours = os.environ.get("RAY_ADDRESS", "local") == "local"
     gpus = int(ray.cluster_resources().get("GPU", 0))
-    number = machinery.hosts or gpus or (machinery.workers if ours else 1)
-    number = number if any(ref.hosted for ref in refs) else 0
+    waiting = sum(number for ref, number in left.items() if ref.hosted)
+    number = min(waiting, machinery.hosts or gpus or (machinery.workers if ours else 1))
     num_cpus = pool_share(machinery.workers + number) if ours else 1.0
     options: dict[str, Any] = resources.reservation("eval", cpus=num_cpus)
     share = options.pop("num_gpus") or min(1.0, gpus / max(1, number))  # the GPUs are for policies
@@ -260,7 +260,7 @@ def _hosts(
     batch = max_batch or (_GPU_BATCH if gpus else 1)
     hosts = [make(config.suite, config.load_policy, config.reasoning, batch) for _ in range(number)]
     try:
-        loading = [host.spec.remote(ref) for host in hosts for ref in refs if ref.hosted]
+        loading = [host.spec.remote(ref) for host in hosts for ref in left if ref.hosted]
         if not ours:
             ray.wait(loading, num_returns=len(loading))  # what loading raises comes with the first question
         yield hosts, options
