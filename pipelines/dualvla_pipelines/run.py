@@ -167,8 +167,9 @@ def _evaluations(config: EvalConfig, at: Callable[..., str]) -> dict[str, tuple[
     specialist, videos = ["specialist"], config.videos
     return {
         "compared": options([*_POLICIES, "expert-random-object"], config.compared, videos),
-        "blank-images": options(specialist, config.controls, 0, "--ablation", "blank-images"),
-        "other-instruction": options(specialist, config.controls, 0, "--ablation", "other-instruction"),
+        "controls": options(
+            specialist, config.controls, 0, "--ablation", "blank-images", "--ablation", "other-instruction"
+        ),
     }
 
 
@@ -212,7 +213,7 @@ def policies(results: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, An
 
 def controls(results: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
     """What the specialist must beat: control -> success per task."""
-    found = [results[f"eval {folder}"]["policies"] for folder in ("compared", "blank-images", "other-instruction")]
+    found = [results[f"eval {folder}"]["policies"] for folder in ("compared", "controls")]
     return {name: p["tasks"] for group in found for name, p in group.items() if name not in _POLICIES}
 
 

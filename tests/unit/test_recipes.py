@@ -31,8 +31,8 @@ class FakeCommands:
         policy = {"tasks": {"touch": RATE, "all": RATE}, "reasoning_tokens_per_step": 1.5, "infer_ms": None}
         if command == "score":
             return {"policies": dict.fromkeys(("random", "expert", *STAGES), SCORE)}
-        if "--ablation" in argv:
-            names = [f"{n}+{argv[argv.index('--ablation') + 1]}" for n in names]
+        if ablations := [a for flag, a in itertools.pairwise(argv) if flag == "--ablation"]:
+            names = [f"{name}+{ablation}" for name in names for ablation in ablations]
         return {"policies": dict.fromkeys(names, policy), "index": "report/index.html", "skipped": False}
 
 

@@ -92,9 +92,10 @@ def _configure(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--ablation",
+        action="append",
         choices=_ABLATIONS,
-        default="none",
-        help="control experiment: grey images, or the instruction of another object of the scene",
+        help="control experiment: grey images, or the instruction of another object of the scene; repeat it for several"
+        " (default: none)",
     )
     parser.add_argument(
         "--reasoning",
@@ -113,7 +114,8 @@ def _run(arguments: argparse.Namespace) -> dict[str, Any]:
         value = getattr(arguments, option)
         if value is not None and value < 1:
             raise UsageError(f"--{option.replace('_', '-')} must be 1 or more.", "leave it out for the default")
-    refs = [policies.parse_policy(text, arguments.ablation) for text in arguments.policy]
+    ablations = arguments.ablation or ["none"]
+    refs = [policies.parse_policy(text, ablation) for text in arguments.policy for ablation in ablations]
     asks = [suite.startswith("qa:") for suite in arguments.suite]
     if all(asks):
         from dualvla_eval.qa_suite import run_questions
