@@ -244,7 +244,7 @@ def _run_items(config: SimulatorConfig, items: Sequence[WorkItem], machinery: Ma
 def _hosts(
     config: SimulatorConfig, left: Mapping[PolicyRef, int], machinery: Machinery, max_batch: int | None
 ) -> Iterator[tuple[list[Any], dict[str, Any]]]:
-    """The hosts that the policies need, and Ray's options of a simulator. left: policy -> how many episodes wait for it.
+    """The hosts that the policies need, and Ray's options of a simulator. left: policy -> number of episodes to run.
 
     On a Ray of our own all share its CPUs, whatever their number. On a cluster each takes a whole one, so that an
     autoscaler sees what is wanted; hosts come first, as nothing goes on without them. They begin to load at once.
