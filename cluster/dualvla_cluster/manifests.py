@@ -24,6 +24,7 @@ USER = 10001
 _DASHBOARD, _GCS, _CLIENT, _SERVE, _METRICS, _AGENT = 8265, 6379, 10001, 8000, 8080, 52365
 _SHARED_MEMORY_SHARE = 0.3  # of a pod's memory: what Ray takes for its object store
 _SCRATCH = "/scratch"
+_CACHE_SHARE = 0.5  # of the scratch disk: the rest is for Ray's logs and spilling, and for what is being written
 _SERVE_KEYS = "/var/run/secrets/dualvla-keys"
 
 
@@ -211,6 +212,8 @@ def _pod(
             {"name": "DUALVLA_LOG", "value": "json"},
             {"name": "TMPDIR", "value": _SCRATCH},
             {"name": "HOME", "value": _SCRATCH},
+            {"name": "DUALVLA_CACHE", "value": f"{_SCRATCH}/cache"},
+            {"name": "DUALVLA_CACHE_GB", "value": f"{_CACHE_SHARE * options.scratch_gb:.0f}"},
         ],
         "volumeMounts": mounts,
         "securityContext": _container_security(),

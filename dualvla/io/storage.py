@@ -4,7 +4,8 @@ The one place where a store's passing failures (5xx, throttling, cut connections
 bound: those of s3fs and botocore are switched off, so that the bound holds. Knows nothing of what the bytes mean.
 
 Environment: `AWS_ENDPOINT_URL` (or AWS_ENDPOINT_URL_S3) and the usual AWS_* credentials; DUALVLA_S3_ANONYMOUS=1 sends
-unsigned requests; DUALVLA_STORAGE_ATTEMPTS and DUALVLA_STORAGE_TIMEOUT_S bound one operation.
+unsigned requests; DUALVLA_STORAGE_ATTEMPTS and DUALVLA_STORAGE_TIMEOUT_S bound one operation. With DUALVLA_CACHE
+(`local_cache`) large files of a store are read from this machine's disk while the store says that they are the same.
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ from pathlib import Path
 from typing import Any, BinaryIO, TypeVar, cast
 
 from dualvla.errors import DataError, OutputError, PlatformError, StorageError, UsageError
+from dualvla.io.local_cache import LocalCache
 
 log = logging.getLogger(__name__)
 
@@ -35,6 +37,7 @@ _S3 = ("s3", "s3a")
 _ATOMIC_PUT = (*_S3, "gs", "gcs", "az", "abfs", "abfss", "adl", "oss", "memory")
 _PASSING = (errno.EBUSY, errno.EIO, errno.EREMOTEIO, errno.ECONNRESET, errno.ECONNREFUSED, errno.EPIPE, errno.ETIMEDOUT)
 _READ_AHEAD_BYTES = 4 << 20
+_LARGE = (".parquet", ".safetensors", ".pt", ".mp4")  # worth a copy: data, checkpoints, teacher caches; not records
 _LEFTOVER = re.compile(r"\..+\.[0-9a-f]{8}\.tmp")
 
 
@@ -258,11 +261,15 @@ def read_bytes(url: str | os.PathLike[str]) -> bytes:
         if is_local(url):
             return Path(url).read_bytes()
         fs, path = _filesystem(url)
+        copy = _local_copy(url, fs, path)
+        if copy is not None:
+            with copy:
+                return copy.read()
         return _ask(url, lambda: fs.cat_file(path))
 
 
 def open_reader(url: str | os.PathLike[str]) -> BinaryIO:
-    """A seekable binary file over a file of any size: only what is asked for is read.
+    """A seekable binary file over a file of any size: only what is asked for is read, unless a copy is kept here.
 
     Raises: DataError if there is no such file.
     """
@@ -271,8 +278,31 @@ def open_reader(url: str | os.PathLike[str]) -> BinaryIO:
         if is_local(url):
             return open(url, "rb")
         fs, path = _filesystem(url)
+        copy = _local_copy(url, fs, path)
+        if copy is not None:
+            return copy
         size = int(_ask(url, lambda: fs.info(path))["size"])
         return cast(BinaryIO, io.BufferedReader(_RemoteFile(url, fs, path, size), _READ_AHEAD_BYTES))
+
+
+def _local_copy(url: str, fs: Any, path: str) -> BinaryIO | None:
+    """The file on this machine's disk, copied there if need be; None where none is kept of it."""
+    cache = LocalCache.from_environment()
+    if cache is None or not path.endswith(_LARGE):
+        return None
+    now = _ask(url, lambda: fs.info(path))
+
+    def fetch(target: Path) -> bool:
+        def download() -> bool:
+            fs.get_file(path, str(target))
+            then = fs.info(path)
+            if target.stat().st_size != then["size"]:
+                raise OSError(errno.EIO, "the file came incomplete")
+            return bool(then == now)
+
+        return _ask(url, download)
+
+    return cache.open(url, str(sorted(now.items())), int(now["size"]), fetch)
 
 
 class _RemoteFile(io.RawIOBase):
