@@ -121,13 +121,13 @@ def _processor_time() -> Iterator[list[tuple[float, float]]]:
     """Yields a list that grows: (time, CPU-seconds that all simulators have used until then)."""
     samples: list[tuple[float, float]] = []
     used: dict[int, float] = {}
-    over = threading.Event()
+    over, own = threading.Event(), psutil.Process()
 
     def watch() -> None:
         while not over.wait(_SAMPLE_S):
-            for process in psutil.process_iter(["cmdline"]):
-                if (process.info["cmdline"] or [""])[0].startswith("ray::SimulatorImpl"):
-                    with contextlib.suppress(psutil.NoSuchProcess):
+            for process in own.children(recursive=True):  # others may have simulators of theirs on this machine
+                with contextlib.suppress(psutil.NoSuchProcess):
+                    if (process.cmdline() or [""])[0].startswith("ray::SimulatorImpl"):
                         times = process.cpu_times()
                         used[process.pid] = times.user + times.system
             samples.append((time.time(), sum(used.values())))

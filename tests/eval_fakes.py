@@ -170,7 +170,6 @@ def fake_suite():
         control_hz=5.0,
         cameras=("main",),
         make_env=FakeEnv,
-        termination_rule="first success or failure",
         conventions={"frame": "base"},
     )
 

@@ -57,8 +57,11 @@ class Acting(Protocol):
     def act(self) -> ExpertStep: ...
 
 
-def make_expert(env: SimEnv, rng: np.random.Generator, target: str | None = None) -> Acting:
-    """The expert for the episode's task. rng: breaks ties. target: go for this object instead of the named one."""
+def make_expert(env: SimEnv, rng: np.random.Generator, target: str | None = None, *, watching: bool = False) -> Acting:
+    """The expert for the episode's task. rng: breaks ties. target: go for this object instead of the named one.
+
+    watching: it will be shown states that another policy gets into, for an expert that keeps track of its own way.
+    """
     task = env.state().task
     if task.startswith("widowx_"):
         from dualvla_eval.simpler.widowx_expert import WidowXExpert
@@ -67,7 +70,7 @@ def make_expert(env: SimEnv, rng: np.random.Generator, target: str | None = None
     if task.startswith("google_robot_"):
         from dualvla_eval.simpler.google_experts import GoogleExpert
 
-        return GoogleExpert(env, rng, target)
+        return GoogleExpert(env, rng, target, watching)
     return Expert(env, rng, target)
 
 

@@ -55,7 +55,7 @@ def _nothing_to_check(tasks: Sequence[TaskSpec]) -> None:
 
 @dataclass(frozen=True)
 class Suite:
-    """termination_rule: when an episode ends. conventions: name -> what a user of the numbers must know.
+    """conventions: name -> what a user of the numbers must know.
 
     variants: the looks in which demonstrations can be made; the first is the usual one. tasks: one entry for each task
     and variant that is evaluated. default_conventions: what `dualvla eval` does unless told otherwise, by the names of
@@ -70,7 +70,6 @@ class Suite:
     control_hz: float
     cameras: tuple[str, ...]
     make_env: Callable[[], SimEnv]
-    termination_rule: str
     conventions: Mapping[str, str]
     variants: tuple[str, ...] = ("base",)
     default_conventions: Mapping[str, Any] = field(default_factory=dict)
@@ -169,8 +168,8 @@ def _blocks() -> Suite:
         control_hz=5.0,
         cameras=("main",),
         make_env=_make_blocks_env,
-        termination_rule="ends at the first step with success, at a failure that cannot be undone, or at max_steps",
         conventions={
+            "failure": "what cannot be undone, such as a wrong object that was touched first, ends the episode",
             "frame": "positions in m in the base frame of the robot: x away from it, y to its left, z up",
             "translation": "relative to the current tool position, at most 0.03 m a step",
             "rotation": "the three rotation dimensions are accepted and ignored: the tool stays vertical",

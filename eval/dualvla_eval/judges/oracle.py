@@ -54,7 +54,8 @@ def _tuples(recorded: Mapping[str, Any]) -> dict[str, Any]:
 def truths(trajectory: Trajectory, states: list[SceneState]) -> list[Truth]:
     """One for each step that was acted on."""
     recording = _Recording(states[0])
-    expert = make_expert(cast(SimEnv, recording), np.random.default_rng(trajectory.row["seed"]))
+    rng = np.random.default_rng(trajectory.row["seed"])
+    expert = make_expert(cast(SimEnv, recording), rng, watching=True)
     found = []
     for state in states[:-1]:
         recording.current = state

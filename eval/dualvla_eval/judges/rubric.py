@@ -16,7 +16,8 @@ from dualvla_eval.judges.base import SCALE, Advance, Contribution, Verdict, unhe
 from dualvla_eval.judges.oracle import Truth, read_state, truths
 from dualvla_eval.reasoning import StatedReasoning, Step, parse
 from dualvla_eval.results import Trajectory
-from dualvla_eval.sim.base import SceneState
+from dualvla_eval.sim.base import ObjectState, SceneState
+from dualvla_eval.simpler.google_tasks import MAX_STEPS as GOOGLE_TASKS
 from dualvla_eval.simpler.widowx_tasks import TASKS as WIDOWX_TASKS
 from dualvla_eval.tasks.blocks import TASKS
 
@@ -35,7 +36,19 @@ _STRAIGHT = 0.6  # an approach may wander this much and still count fully
 _OVER_M = 0.05  # nearer than this, horizontally, the tool is over an object
 _HOVER_M = 0.095  # of the tool above an object's centre, where reaching ends
 _GRIPPER_CHANGE = 0.1
-_PHASE = {"reach": 0, "touch": 1, "lower to": 1, "grasp": 2, "lift": 3, "carry": 4, "place": 5, "release": 6}
+_PHASE = {
+    "reach": 0,
+    "touch": 1,
+    "lower to": 1,
+    "grasp": 2,
+    "pull": 2,
+    "push": 2,
+    "lift": 3,
+    "carry": 4,
+    "place": 5,
+    "release": 6,
+}
+_DRAWER_M = 0.15  # from where an open or a close task begins to where it ends
 _AXES = {
     "forward": (1, 0, 0),
     "back": (-1, 0, 0),
@@ -91,7 +104,7 @@ def _judge(trajectory: Trajectory) -> Verdict:
     if trajectory.num_steps == 0:
         return Verdict(unjudged="the episode ended before its first step")
     states = [read_state(s) for s in trajectory.states]
-    if states[0].task not in TASKS | WIDOWX_TASKS:
+    if states[0].task not in {*TASKS, *WIDOWX_TASKS, *GOOGLE_TASKS}:
         return Verdict(unjudged=f"the rubric has no expert for task '{states[0].task}'")
     tool = trajectory.ee_pose[:, :3]
     evidence = _Evidence(trajectory, states, truths(trajectory, states), tool, np.diff(tool, axis=0))
@@ -161,21 +174,34 @@ def _reversals(moves: np.ndarray) -> float:
 
 def _straight_m(first: SceneState) -> float:
     """Length of the straight way through the task: to the target, and then, if asked, up and over to the place."""
-    target = first.object(first.target)
-    way = max(_distance(first.ee_pose[:3], target.position) - target.size[2] / 2, 0.0)
+    target, drawer = first.object(first.target), _drawer(first)
+    way, begin = 0.0, first.ee_pose[:3]
+    if drawer is not None and drawer != target:  # is opened first
+        way, begin = _distance(begin, drawer.position) + _DRAWER_M, drawer.position
+    way += max(_distance(begin, target.position) - target.size[2] / 2, 0.0)
     if first.task == "touch":
         return way
+    if drawer == target:
+        return way + _DRAWER_M
     if first.reference is None:
         return way + _LIFT_M
     return way + 2 * _CARRY_M + _distance(target.position, first.object(first.reference).position)
+
+
+def _drawer(state: SceneState) -> ObjectState | None:
+    """The drawer that the task names, if any."""
+    named = [o for o in state.objects if o.name in (state.target, state.reference)]
+    return next((o for o in named if o.shape == "drawer"), None)
 
 
 def _progress(e: _Evidence) -> float:
     """Of a failure: the mean share of its phases that was covered at best, in [0, 1]."""
     first = e.states[0]
     approach = [_distance(s.ee_pose[:3], s.object(s.target).position) for s in e.states]
-    covered = [_covered(approach)]
-    if first.task != "touch":
+    covered, drawer = [_covered(approach)], _drawer(first)
+    if drawer is not None:
+        covered.append(max(s.object(drawer.name).displaced_m for s in e.states) / _DRAWER_M)
+    if first.task != "touch" and (drawer is None or drawer.name != first.target):
         if first.reference is None:
             covered.append(max(s.object(s.target).lifted_m for s in e.states) / _LIFT_M)
         else:
@@ -239,8 +265,8 @@ def _intention(e: _Evidence) -> list[Contribution]:
 
 
 def _target_choice(e: _Evidence) -> tuple[float, str]:
-    """1 if the named object was touched first; without a touch 0.5, if it was the one that was come nearest to."""
-    target, touched = e.states[0].target, e.states[-1].touched
+    """1 if the expert's object was touched first; without a touch 0.5, if it was the one that was come nearest to."""
+    target, touched = e.truth[0].stated.target, e.states[-1].touched
     if touched:
         return float(touched[0] == target), f"touched the {touched[0]} first"
     distance, nearest = min(
@@ -364,13 +390,14 @@ def _did_subtask(e: _Evidence, s: _Statement) -> float:
     if step.reference is not None and step.reference not in names:
         return 0.0
     before, after = e.states[s.start], e.states[s.stop]
+    drawer = before.object(step.target).shape == "drawer"
     if step.verb in ("grasp", "release"):
         return float(_gripper_changed(e, s, opened=step.verb == "release"))
     if step.verb in ("lift", "carry", "place") and before.held != step.target:
         return 0.0
     if step.verb == "touch" and step.target in after.touched and step.target not in before.touched:
         return 1.0
-    if step.verb in ("touch", "lower to") and _offset(before, step.target) > _OVER_M:
+    if step.verb in ("touch", "lower to") and not drawer and _offset(before, step.target) > _OVER_M:
         return 0.0
     path = float(np.linalg.norm(e.moves[s.start : s.stop], axis=1).sum())
     if path < _STILL_M:
@@ -382,6 +409,8 @@ def _advance_m(step: Step, before: SceneState, after: SceneState) -> float:
     """How much nearer the subtask came to its goal."""
     if step.verb == "lift":
         return after.ee_pose[2] - before.ee_pose[2]
+    if step.verb in ("pull", "push"):
+        return _opened_m(before, after, step.target) * (1 if step.verb == "pull" else -1)
     if step.verb in ("carry", "place") and step.reference is not None:
         return _distance(before.object(step.target).position, before.object(step.reference).position) - _distance(
             after.object(step.target).position, after.object(step.reference).position
@@ -390,8 +419,22 @@ def _advance_m(step: Step, before: SceneState, after: SceneState) -> float:
     return _tool_to(before, step.target, above) - _tool_to(after, step.target, above)
 
 
+def _opened_m(before: SceneState, after: SceneState, drawer: str) -> float:
+    """How far its front came out of the cabinet."""
+    front = before.object(drawer)
+    way = np.subtract(after.object(drawer).position, front.position)
+    return float(way[:2] @ (np.cos(front.yaw_rad), np.sin(front.yaw_rad)))
+
+
 def _tool_to(state: SceneState, name: str, above: Sequence[float]) -> float:
-    return _distance(state.ee_pose[:3], np.add(state.object(name).position, above))
+    """To a drawer: to the nearest point of its wide front."""
+    about = state.object(name)
+    tool, place = np.array(state.ee_pose[:3]), np.array(about.position)
+    if about.shape == "drawer":
+        along = np.array([-np.sin(about.yaw_rad), np.cos(about.yaw_rad), 0.0])
+        half = about.size[1] / 2
+        place = place + float(np.clip((tool - place) @ along, -half, half)) * along
+    return _distance(tool, np.add(place, above))
 
 
 def _offset(state: SceneState, name: str) -> float:

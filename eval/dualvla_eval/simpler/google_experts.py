@@ -22,6 +22,8 @@ _STALLED_M = 0.003  # a tool that moves less in a step has come as near as it ca
 _SETTLING_STEPS = 4  # before a stage may count as stalled
 _CLOSING_STEPS = 4
 _TRIES = 4
+_ABOUT_THERE_M = 0.06
+_MOVED_M, _OPENED_M = 0.02, 0.15  # of a drawer
 _TABLE_M = 0.791  # height of the table in the base frame
 _SHOULDER_M = np.array([0.0, -0.43])  # about where the arm begins, in the base frame
 _STRAIGHT_BELOW_M, _LEAN_PER_M_UP = 0.82, 2.2
@@ -49,11 +51,15 @@ class _Stage:
 
 
 class GoogleExpert:
-    """One episode of an environment that has just been reset. target: go for this object instead of the named one."""
+    """One episode of an environment that has just been reset. target: go for this object instead of the named one.
 
-    def __init__(self, env: SimEnv, rng: np.random.Generator, target: str | None = None):
+    watching: it is asked what it would do in states that another policy gets into. Then its stage is what they show: no
+    stage ends far from its goal, and what is in the hand, or a drawer on its way, has been reached.
+    """
+
+    def __init__(self, env: SimEnv, rng: np.random.Generator, target: str | None = None, watching: bool = False):
         state = env.state()
-        self._env = env
+        self._env, self._watching = env, watching
         self._target = target or state.target
         self._reference = state.reference if state.reference != self._target else state.target
         self._stages = self._plan(state)
@@ -103,11 +109,31 @@ class GoogleExpert:
         stage = self._stages[self._at]
         if self._lost(state):
             self._tries += 1
-            self._at = next(i for i, s in enumerate(self._stages) if s.subtask == Step("reach", self._target))
-            self._in_stage, self._last_tool = 0, None
+            self._go_to(self._index("reach", self._target))
         elif self._at + 1 < len(self._stages) and self._in_stage >= stage.least and self._done(state, stage):
-            self._at += 1
-            self._in_stage, self._last_tool = 0, None
+            self._go_to(self._at + 1)
+        if self._watching:
+            self._go_to(max(self._at, self._shown(state)))
+
+    def _go_to(self, index: int) -> None:
+        if index != self._at:
+            self._at, self._in_stage, self._last_tool = index, 0, None
+
+    def _index(self, verb: str, about: str) -> int:
+        """The first stage of this verb."""
+        return next(i for i, s in enumerate(self._stages) if s.subtask.verb == verb and s.subtask.target == about)
+
+    def _shown(self, state: SceneState) -> int:
+        """The stage that a state shows to have been reached."""
+        found = 0
+        for i, stage in enumerate(self._stages):
+            verb, about = stage.subtask.verb, state.object(stage.subtask.target)
+            if verb in ("pull", "push") and about.displaced_m > _MOVED_M:
+                opened = verb == "pull" and about.displaced_m > _OPENED_M
+                found = min(i + opened, len(self._stages) - 1)
+            if verb == "lift" and state.held == about.name:
+                found = i
+        return found
 
     def _done(self, state: SceneState, stage: _Stage) -> bool:
         tool = _tool(state)
@@ -118,12 +144,16 @@ class GoogleExpert:
             and self._last_tool is not None
             and float(np.linalg.norm(tool - self._last_tool)) < _STALLED_M
         )
-        return bool((near and turned) or stalled or self._in_stage >= stage.steps)
+        given_up = stalled or self._in_stage >= stage.steps
+        if self._watching:
+            given_up = given_up and float(np.linalg.norm(stage.goal(state) - tool)) < _ABOUT_THERE_M
+        return bool((near and turned) or given_up)
 
     def _lost(self, state: SceneState) -> bool:
         """Carrying, but the object is not in the hand."""
         stage = self._stages[self._at]
-        if stage.subtask.verb not in ("lift", "carry") or self._tries >= _TRIES or self._in_stage < 3:
+        tried = self._tries >= _TRIES and not self._watching
+        if stage.subtask.verb not in ("lift", "carry") or tried or self._in_stage < 3:
             return False
         tool = _tool(state)
         return float(np.linalg.norm(tool - np.array(state.object(self._target).position))) > 0.08

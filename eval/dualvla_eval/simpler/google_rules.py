@@ -112,7 +112,8 @@ class DrawerRules(_OneInstruction):
 class AppleRules:
     """In the second subtask: the drawer is open 5 cm, and the apple pressed on its floor once, at whatever time.
 
-    The second subtask, and its instruction, begins with step 101, or when `advance` is called.
+    The second subtask, and its instruction, begins with step 101. In the original also when a policy that can says
+    "terminate"; an action of ours cannot.
     """
 
     _SUBTASK_STEPS = 100
@@ -128,11 +129,7 @@ class AppleRules:
 
     def before_step(self, step: int) -> None:
         if step >= self._SUBTASK_STEPS:
-            self.advance()
-
-    def advance(self) -> None:
-        """The policy says that the first subtask is done."""
-        self.instruction = 1
+            self.instruction = 1
 
     def judge(self) -> Verdict:
         opened = travel(self._world.task.station, self._JOINT)

@@ -18,7 +18,6 @@ if TYPE_CHECKING:
     from dualvla_eval.sim.base import SimEnv
 
 _SIZES = {"widowx": (640, 480), "google": (640, 512)}
-_RULE = "original: runs on after success until the policy ends it or max_steps; the last step's value counts"
 _CONVENTIONS = {
     "frame": "positions in m in the base frame of the robot: x away from it, y to its left, z up",
     "translation": "m, neither normalised nor clipped",
@@ -92,7 +91,6 @@ def simpler_suite(name: str, folder: str | None = None) -> Suite:
         control_hz=float(control_hz),
         cameras=("main",),
         make_env=_MakeEnv(folder, size),
-        termination_rule=_RULE,
         conventions={**_CONVENTIONS, **own},
         variants=tuple(dict.fromkeys(task.variant for task in tasks)),
         default_conventions={"termination": "original"},
