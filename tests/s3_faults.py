@@ -15,6 +15,7 @@ import urllib.request
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from typing import Any
 
 FAULTS = ("500", "503", "cut before", "cut after", "cut body")
 _XML = "<?xml version='1.0'?><Error><Code>{code}</Code><Message>{message}</Message></Error>"
@@ -74,6 +75,12 @@ class FaultPlan:
             if self.down:
                 return "503"
             return self._random.choice(FAULTS) if self._random.random() < self.rate else None
+
+    def take_away(self, seconds: float) -> None:
+        """Every request fails for so long."""
+        self.down = True
+        time.sleep(seconds)
+        self.down = False
 
     def faults(self) -> set[str]:
         return {request.fault for request in self.requests if request.fault}
@@ -155,8 +162,14 @@ def fault_proxy(upstream: int, plan: FaultPlan) -> Iterator[str]:
 
         do_GET = do_PUT = do_HEAD = do_POST = do_DELETE = _serve  # noqa: N815  # names that http.server calls
 
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    server.daemon_threads = True
+    class Server(ThreadingHTTPServer):
+        daemon_threads = True
+
+        def handle_error(self, *of: Any) -> None:
+            if not isinstance(sys.exc_info()[1], ConnectionError):  # a client that was killed
+                super().handle_error(*of)
+
+    server = Server(("127.0.0.1", 0), Handler)
     thread = threading.Thread(target=server.serve_forever, daemon=True)
     thread.start()
     try:

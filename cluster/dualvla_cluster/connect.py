@@ -16,14 +16,21 @@ _WORKER_ENV = {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false", "LP_NU
 
 
 def connect(num_cpus: int | None = None) -> None:
-    """Connects once; later calls in the same process do nothing.
+    """Connects once. On a cluster that was there before, each call also looks for nodes whose disk is full.
 
     num_cpus: logical CPUs of a private cluster (default: all of this machine's, at least 2).
     Raises: PlatformError if RAY_ADDRESS names a cluster that does not answer.
     """
-    if ray.is_initialized():
-        return
     address = os.environ.get("RAY_ADDRESS", "local")
+    if not ray.is_initialized():
+        _join(address, num_cpus)
+    if address != "local" and (dashboard := ray._private.worker.get_dashboard_url()):
+        from dualvla_cluster import full_disks  # seconds of imports that a private cluster does not need
+
+        full_disks.drain(dashboard)
+
+
+def _join(address: str, num_cpus: int | None) -> None:
     runtime_env: dict[str, Any] = {"env_vars": {n: os.environ.get(n, value) for n, value in _WORKER_ENV.items()}}
     if secrets.VARIABLE in os.environ:  # of a submitted job
         runtime_env["worker_process_setup_hook"] = secrets.HOOK

@@ -203,6 +203,16 @@ class Jobs:
         failed = [f"{kind}: {why}" for kind, why in _launch_failures(scaler).items()]
         return text + (f". New machines failed to start ({'; '.join(failed)})" if failed else "")
 
+    def free_disk_bytes(self) -> dict[str, float]:
+        """Worker node -> what is left of the disk of Ray's folder there, as it last reported. In pods Ray does not
+        look (a total of 1 byte says so): Kubernetes evicts one that fills its disk."""
+        found = {}
+        for node in self._get("/nodes?view=summary")["data"]["summary"]:
+            disks = [disk for path, disk in (node.get("disk") or {}).items() if path != "/" and disk["total"] > 1]
+            if disks and node["raylet"]["state"] == "ALIVE" and not node["raylet"]["isHeadNode"]:
+                found[node["raylet"]["nodeId"]] = float(disks[0]["free"])
+        return found
+
     async def _tail(self, job_id: str, write: Callable[[str], object], say: Callable[[str], object]) -> None:
         watch = asyncio.create_task(self._watch(say))
         try:
@@ -264,9 +274,7 @@ def _runtime_env(shipment: Shipment, parts: Sequence[Path], job_id: str) -> dict
     if parts:
         found["py_modules"] = [str(part) for part in parts]
     if shipment.environment == "pinned":
-        # Ray itself cannot be another than the cluster's.
-        packages = [f"{n}=={v}" for n, v in shipping.pinned().items() if n not in ("python", "ray")]
-        found["pip"] = {"packages": packages, "pip_check": False}
+        found["pip"] = {"packages": shipping.requirements(), "pip_check": False}
     return found
 
 

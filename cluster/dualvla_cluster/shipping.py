@@ -21,6 +21,8 @@ from dualvla.errors import PlatformError
 DISTRIBUTION = "dualvla"
 _LEFT_OUT = ("__pycache__", "*.pyc", ".*")
 _METADATA = ("METADATA", "entry_points.txt", "WHEEL", "top_level.txt")
+_DEPENDENCY = re.compile(r"^(?P<name>[\w.-]+)(?!.*extra == .dev.)")
+_OURS = (DISTRIBUTION, "ray")  # one is shipped; the other cannot be another than the cluster's
 _EXACT = re.compile(r"^(?P<name>[\w.-]+)(?:\[[^]]*\])?==(?P<version>[^ ;,]+)")
 
 
@@ -73,6 +75,14 @@ def pinned() -> dict[str, str]:
         if match and version:
             found[match["name"].lower()] = version
     return found
+
+
+def requirements() -> list[str]:
+    """`name==version` of every direct dependency that is installed here, for pip: the environment of this machine."""
+    matches = [_DEPENDENCY.match(requirement) for requirement in metadata.requires(DISTRIBUTION) or []]
+    names = {match["name"].lower() for match in matches if match}
+    found = {name: installed(name) for name in names if name not in _OURS}
+    return sorted(f"{name}=={version}" for name, version in found.items() if version)
 
 
 def installed(name: str) -> str | None:

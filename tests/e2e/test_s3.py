@@ -175,10 +175,25 @@ def test_large_objects_go_up_whole_in_parts(plan: FaultPlan) -> None:
     data = os.urandom(1 << 20) * 110  # beyond s3fs's limit for one PUT
     start_faults(plan, 1, rate=0.15)
     storage.write_bytes(f"{here}/large", data)
+    assert sum(plan.puts("/").values()) >= 3
     with storage.open_reader(f"{here}/large") as file:
         file.seek(-1000, os.SEEK_END)
         assert file.read() == data[-1000:]
     assert storage.size_bytes(f"{here}/large") == len(data)
+
+
+def test_an_upload_that_is_given_up_leaves_no_part_behind(plan: FaultPlan, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Parts without an object are not listed, and paid for."""
+    here = bucket()
+    monkeypatch.setenv("DUALVLA_STORAGE_ATTEMPTS", "1")
+    faults = iter([None, None, "503"])  # the upload is announced, a part comes, another does not
+    monkeypatch.setattr(plan, "draw", lambda: next(faults, None))
+    with pytest.raises(StorageError):
+        storage.write_bytes(f"{here}/large", bytes(110 << 20))
+    assert [r.method for r in plan.requests].count("DELETE") == 1
+    fs = s3fs.S3FileSystem(endpoint_url=os.environ["AWS_ENDPOINT_URL"])
+    assert fs.call_s3("list_multipart_uploads", Bucket=here.removeprefix("s3://")).get("Uploads", []) == []
+    assert not storage.exists(f"{here}/large")
 
 
 def test_the_command_runs_on_ray_from_store_to_store(plan: FaultPlan, tmp_path: Path) -> None:

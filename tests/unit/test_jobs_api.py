@@ -16,6 +16,7 @@ from typing import Any
 import pytest
 import ray
 
+from dualvla import cli
 from dualvla.errors import PlatformError, UsageError
 from dualvla_cluster import secrets, shipping
 from dualvla_cluster.jobs import Jobs, Shipment
@@ -109,6 +110,23 @@ def test_a_profile_without_room_is_refused_and_one_that_grows_is_not() -> None:
         jobs.require(get_profile("spot:2"), ["train", "eval"])
 
 
+def test_only_a_worker_that_has_looked_at_its_own_disk_can_have_a_full_one() -> None:
+    def node(name: str, disk: dict[str, Any], **state: Any) -> dict[str, Any]:
+        return {"disk": disk, "raylet": {"nodeId": name, "state": "ALIVE", "isHeadNode": False, **state}}
+
+    full, small = {"total": 1e9, "free": 5.0}, {"total": 1e9, "free": 2e8}
+    nodes = [
+        node("full", {"/": small, "/tmp/ray": full}),
+        node("read-only root", {"/": full, "/tmp/ray": small}),
+        node("pod", {"/": {"total": 1, "free": 1}, "/tmp/ray": {"total": 1, "free": 1}}),
+        node("head", {"/": small, "/tmp/ray": full}, isHeadNode=True),
+        node("dead", {"/": small, "/tmp/ray": full}, state="DEAD"),
+        node("new", {}),
+    ]
+    with head(answers() | {"/nodes": {"data": {"summary": nodes}}}) as address:
+        assert Jobs(address).free_disk_bytes() == {"full": 5.0, "read-only root": 2e8}
+
+
 @pytest.fixture(scope="module")
 def certificate(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     folder = tmp_path_factory.mktemp("tls")
@@ -153,6 +171,17 @@ def test_an_environment_that_differs_is_named_package_by_package() -> None:
     with pytest.raises(PlatformError, match=r"ray .* \(expected 2\.9\.0\), nosuch is missing \(expected 1\)") as told:
         shipping.check({**expected, "ray": "2.9.0", "nosuch": "1"})
     assert "--environment pinned" in told.value.fix
+
+
+def test_an_environment_to_be_installed_is_all_that_dualvla_asks_for_but_ray() -> None:
+    wanted = shipping.requirements()
+    exact = {f"{n}=={v}" for n, v in shipping.pinned().items() if n not in ("python", "ray")}
+    assert exact <= set(wanted)
+    assert {text.partition("==")[0] for text in wanted} >= {"numpy", "pillow", "websockets", "fastapi"}
+    assert not [text for text in wanted if text.startswith(("ray=", "dualvla=", "pytest=", "ruff=")) or "+" in text]
+    argv = ["--environment", "pinned", "--python", "/usr/bin/python3", "--", "report", "x"]
+    with pytest.raises(UsageError, match="would not see"):
+        cli.call("submit", argv)
 
 
 def test_secrets_travel_as_references(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -71,6 +71,10 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
         raise UsageError("Nothing to submit.", "name a command: `dualvla submit -- COMMAND ...`")
     if command[0] not in cli.commands():
         raise UsageError(f"Unknown command '{command[0]}'.", did_you_mean(command[0], cli.commands()))
+    if arguments.environment == "pinned" and arguments.python != "python":
+        raise UsageError(
+            f"--python {arguments.python} would not see what --environment pinned installs.", "leave one of them out"
+        )
     variables = _variables(arguments.env)
     shipment = Shipment(
         arguments.code, arguments.environment, variables, secrets.parse(arguments.secret), arguments.python
