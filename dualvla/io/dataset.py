@@ -62,6 +62,13 @@ def rows_to_table(rows: Iterable[Mapping[str, Any]], labels: bool = False) -> pa
 
 def write_table(url: str, table: pa.Table) -> str:
     """Atomic, byte-deterministic parquet. Returns the sha256 of the file."""
+    data = to_parquet(table)
+    storage.write_bytes(url, data)
+    return hashlib.sha256(data).hexdigest()
+
+
+def to_parquet(table: pa.Table) -> bytes:
+    """The file that `write_table` writes."""
     sink = pa.BufferOutputStream()  # a third faster than io.BytesIO
     pq.write_table(
         table.replace_schema_metadata(None),
@@ -70,9 +77,7 @@ def write_table(url: str, table: pa.Table) -> str:
         row_group_size=4096,
         write_statistics=True,
     )
-    data = sink.getvalue().to_pybytes()
-    storage.write_bytes(url, data)
-    return hashlib.sha256(data).hexdigest()
+    return sink.getvalue().to_pybytes()
 
 
 def read_table(url: str, columns: Sequence[str] | None = None, optional: Sequence[str] = ()) -> pa.Table:

@@ -34,6 +34,7 @@ ANSWERS = "answers.parquet"
 SUMMARY = "summary.json"
 KIND = "evaluation"
 _READERS = 16  # at once, of small files that may be in an object store
+_STATE_JSON = json.JSONEncoder(sort_keys=True, separators=(",", ":"))
 
 EPISODE_SCHEMA = pa.schema(
     [
@@ -163,7 +164,7 @@ def _row(episode: Episode, policy: str, kind: str, seed: int, **columns: Any) ->
     }
 
 
-def write_trajectory(folder: str, row: Mapping[str, Any], result: EpisodeResult) -> None:
+def trajectory_table(result: EpisodeResult) -> pa.Table:
     rows = [
         {
             "step": s.step,
@@ -174,12 +175,12 @@ def write_trajectory(folder: str, row: Mapping[str, Any], result: EpisodeResult)
             "keyframe": s.keyframe,
             "reasoning_tokens": s.reasoning_tokens,
             "events": s.events,
-            "state": json.dumps(s.state, sort_keys=True, separators=(",", ":")),
+            "state": _STATE_JSON.encode(s.state),
             "infer_ms": s.infer_ms,
         }
         for s in result.steps
     ]
-    dataset.write_table(trajectory_url(folder, row), pa.Table.from_pylist(rows, schema=TRAJECTORY_SCHEMA))
+    return pa.Table.from_pylist(rows, schema=TRAJECTORY_SCHEMA)
 
 
 def read_trajectory(folder: str, row: Mapping[str, Any]) -> Trajectory:
@@ -218,7 +219,11 @@ def merge_parts(folder: str, names: Sequence[str], schema: pa.Schema, key: Seque
 
 
 def write_rows(url: str, rows: Sequence[Mapping[str, Any]], schema: pa.Schema) -> None:
-    dataset.write_table(url, pa.Table.from_pylist([dict(r) for r in rows], schema=schema))
+    dataset.write_table(url, rows_table(rows, schema))
+
+
+def rows_table(rows: Sequence[Mapping[str, Any]], schema: pa.Schema) -> pa.Table:
+    return pa.Table.from_pylist([dict(r) for r in rows], schema=schema)
 
 
 def write_json(url: str, value: Mapping[str, Any]) -> None:
