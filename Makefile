@@ -31,9 +31,9 @@ test: lint ## lint, then the tests that take seconds
 	$(BIN)/pytest -m "not slow" --durations=15
 
 test-slow: install ## faults, parity, whole suites
-	$(BIN)/pytest -m slow --durations=15
+	$(BIN)/pytest -m "slow and not soak" --durations=15
 
-soak: install ## ten minutes of robots at one endpoint, then the slow tests with ten random seeds in place of two
+soak: install ## ten minutes of robots at one endpoint, then slow tests and faults of a cluster, ten random seeds each
 	$(BIN)/python benchmarks/soak.py --out benchmarks/results/soak.json
 	$(BIN)/pytest -m slow --fault-seeds 10
 

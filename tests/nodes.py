@@ -1,5 +1,6 @@
 """A Ray cluster of several nodes on one machine that share no folder: each has a /tmp, a home, a working folder and a
-process tree of its own (mount and process namespaces), and is lost as a machine is: all at once.
+process tree of its own (mount and process namespaces), and is lost as a machine is: all at once. A node may be slow, or
+have a small disk of its own that fills up.
 
 Needs root, as full-disk tests do; `available` says whether it can be had here.
 """
@@ -14,6 +15,7 @@ import signal
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 import urllib.error
 import urllib.request
@@ -21,9 +23,13 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import psutil
 from ray_head import TOKEN, Head, free_ports
 
 _START_S = 180.0
+_STARTS = 3  # Ray gives a node 30 s to join, which is short on a machine that has other things to do
+_SLICE_S = 0.2
+_OF_RAY = ("ray::IDLE", "ray::DashboardAgent", "ray::RuntimeEnvAgent")
 _OWN = ("unshare", "--mount", "--pid", "--fork", "--kill-child", "--mount-proc")
 
 
@@ -47,6 +53,45 @@ class Node:
             os.killpg(self.process.pid, signal.SIGKILL)
         self.process.wait()
 
+    def works_at(self) -> list[str]:
+        """Titles of its Ray processes that hold an actor or a task, such as `ray::SimulatorImpl.run`."""
+        found = []
+        for process in psutil.Process(self.process.pid).children(recursive=True):
+            with contextlib.suppress(psutil.Error):
+                found.append(" ".join(process.cmdline()).strip())
+        return [title for title in found if title.startswith("ray::") and not title.startswith(_OF_RAY)]
+
+    @contextlib.contextmanager
+    def slowed(self, share: float) -> Iterator[None]:
+        """Everything on it runs for this share of the time only, slice by slice."""
+        ended = threading.Event()
+
+        def signal_all(how: signal.Signals) -> None:
+            for process in psutil.Process(self.process.pid).children(recursive=True):
+                with contextlib.suppress(psutil.Error):
+                    process.send_signal(how)
+
+        def slow_down() -> None:
+            while not ended.is_set():
+                signal_all(signal.SIGSTOP)
+                ended.wait(_SLICE_S * (1 - share))
+                signal_all(signal.SIGCONT)
+                ended.wait(_SLICE_S * share)
+
+        thread = threading.Thread(target=slow_down, name="slow node", daemon=True)
+        thread.start()
+        try:
+            yield
+        finally:
+            ended.set()
+            thread.join()
+
+    def fill_disk(self) -> None:
+        """To the last byte: its /tmp must be a small disk of its own."""
+        with contextlib.suppress(OSError), open(f"/proc/{self.process.pid}/root/tmp/filler", "wb", buffering=0) as file:
+            while True:
+                file.write(bytes(4096))
+
 
 @dataclass
 class Nodes:
@@ -58,24 +103,30 @@ class Nodes:
     env: dict[str, str]
     nodes: list[Node] = field(default_factory=list)
 
-    def add(self, cpus: int, name: str | None = None) -> Node:
-        """A worker node, once it has joined; not before the head knows of those that are lost."""
+    def add(self, cpus: int = 2, disk_mb: int | None = None) -> Node:
+        """A worker node, once it has joined; not before the head knows of those that are lost. disk_mb: a disk of that
+        size for its /tmp."""
         living = [node for node in self.nodes if node.process.poll() is None]
         self._wait(living[0], lambda: alive(self.head) == len(living))
-        node = self._start(name or f"node-{len(self.nodes)}", [f"--address={self.gcs}", f"--num-cpus={cpus}"])
-        self._wait(node, lambda: alive(self.head) > len(living))
-        return node
+        for _ in range(_STARTS):
+            node = self._start([f"--address={self.gcs}", f"--num-cpus={cpus}"], disk_mb)
+            if self._joined(node, lambda: alive(self.head) > len(living)):
+                return node
+            self.nodes.remove(node)
+        raise AssertionError(node.log.read_text())
 
-    def _start(self, name: str, options: list[str]) -> Node:
+    def _start(self, options: list[str], disk_mb: int | None = None) -> Node:
+        name = f"node-{len(self.nodes)}"
         folder = self.root / name
-        for inside in ("ray", "work", "home"):
-            (folder / inside).mkdir(parents=True)
+        folder.mkdir()
         agent, grpc, runtime, metrics = free_ports(4)
         command = [str(Path(sys.executable).with_name("ray")), "start", "--block", *options]
         command += ["--object-store-memory=80000000", "--min-worker-port=0", "--max-worker-port=0"]
         command += [f"--dashboard-agent-listen-port={agent}", f"--dashboard-agent-grpc-port={grpc}"]
         command += [f"--runtime-env-agent-port={runtime}", f"--metrics-export-port={metrics}"]
-        script = f'{_keep_code(folder)}mount --rbind "{folder}" /tmp && cd /tmp/work && exec "$@"'
+        disk = f'mount -t tmpfs -o size={disk_mb}m node "{folder}" && ' if disk_mb else ""
+        script = f'{disk}{_keep_code(folder)}mount --rbind "{folder}" /tmp && mkdir /tmp/ray /tmp/work /tmp/home'
+        script += ' && cd /tmp/work && exec "$@"'
         log = self.root / f"{name}.log"
         with log.open("wb") as output:
             process = subprocess.Popen(
@@ -90,11 +141,17 @@ class Nodes:
         return node
 
     def _wait(self, node: Node, ready: Callable[[], bool]) -> None:
+        assert self._joined(node, ready), node.log.read_text()
+
+    def _joined(self, node: Node, ready: Callable[[], bool]) -> bool:
+        """False if the node ended first."""
         deadline = time.monotonic() + _START_S
         while not ready():
-            assert node.process.poll() is None, node.log.read_text()
+            if node.process.poll() is not None:
+                return False
             assert time.monotonic() < deadline, node.log.read_text()
             time.sleep(0.3)
+        return True
 
 
 def _keep_code(folder: Path) -> str:
@@ -136,10 +193,10 @@ def running_nodes(workers: int, cpus: int = 2, **env: str) -> Iterator[Nodes]:
     options = ["--head", "--node-ip-address=127.0.0.1", f"--port={gcs}", "--num-cpus=0", "--dashboard-host=127.0.0.1"]
     options += [f"--dashboard-port={dashboard}", f"--ray-client-server-port={client}"]
     try:
-        head = cluster._start("head", options)
+        head = cluster._start(options)
         cluster._wait(head, lambda: alive(cluster.head) == 1)
-        for number in range(workers):
-            cluster.add(cpus, f"worker-{number}")
+        for _ in range(workers):
+            cluster.add(cpus)
         yield cluster
     finally:
         for node in reversed(cluster.nodes):
