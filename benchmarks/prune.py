@@ -209,8 +209,9 @@ def peak_pss_mb() -> Iterator[Callable[[], float]]:
 
 
 def prune(data: str, out: Path, workers: int, mode: str = "action", detector: str | None = None) -> None:
-    from dualvla_pipelines.prune import PruneConfig, Workers
+    from dualvla_pipelines.prune import PruneConfig
     from dualvla_pipelines.prune import prune as run
+    from dualvla_pipelines.ray_parts import Workers
 
     result = run(data, str(out), PruneConfig(mode=mode), detector=detector, workers=Workers(workers))
     assert result["rows_in"] == result["rows_out"] == frames_of(data)

@@ -37,21 +37,30 @@ Domain = Literal["robot", "multimodal"]
 PARTS: dict[Domain, str] = {"robot": "actions", "multimodal": "reasoning"}
 TEACHER_OF: dict[Domain, str] = {"robot": "action_teacher", "multimodal": "reasoning_teacher"}
 
+_FORMAT = 2  # of the cells; others are refused
+_DRAWS = 1  # keeps their random numbers apart from those of `Processor.collate`
 _ENTRY = [("key", pa.int64()), ("view", pa.int32()), ("sample", pa.int64())]
 
 
 @dataclass(frozen=True)
 class CacheSettings:
-    """What a cache holds of every sample. temperature: of the softened probabilities; training must use the same."""
+    """What a cache holds of every sample. top_k: entries a token, of which `tail_draws` are drawn from all but the
+    likeliest. temperature: of the softened probabilities; training must use the same."""
 
     top_k: int = 50
     temperature: float = 2.0
     views: int = 4
     seed: int = 0
     packed: bool = False
+    tail_draws: int = 8
+
+    @property
+    def likeliest(self) -> int:
+        return self.top_k - self.tail_draws
 
     def __post_init__(self) -> None:
-        for name, low, high in (("top_k", 1, topk.MAX_K), ("views", 1, 1 << 15)):
+        limits = (("top_k", 1, topk.MAX_K), ("views", 1, 1 << 15), ("tail_draws", 0, self.top_k - 1))
+        for name, low, high in limits:
             if not low <= getattr(self, name) <= high:
                 raise UsageError(f"{name} = {getattr(self, name)}.", f"pass a number from {low} to {high}")
 
@@ -98,14 +107,20 @@ def action_entries(batch: Batch, predicted: Tensor) -> Entries:
 
 
 def reasoning_entries(batch: Batch, logits_BTV: Tensor, settings: CacheSettings) -> Entries:
-    """logits: of a reasoning teacher, at every position of `batch["labels"]`."""
-    ids, p, tail = (t.cpu().numpy() for t in topk.top_k(logits_BTV, settings.top_k, settings.temperature))
+    """logits: of a reasoning teacher, at every position of `batch["labels"]`. Keyed by (seed, sample, view)."""
     lengths = (batch["text_mask"].sum(dim=1) + 1).tolist()
-    rows = [
-        topk.encode(ids[i, :n], p[i, :n], tail[i, :n], logits_BTV.shape[-1], settings.packed)
-        for i, n in enumerate(lengths)
-    ]
+    rows = []
+    for logits_TV, n, key, view in zip(logits_BTV, lengths, batch["key"].tolist(), batch["view"].tolist(), strict=True):
+        uniform = _places([settings.seed, key, view], n, settings.tail_draws).to(logits_TV.device)
+        known = topk.know(logits_TV[:n], settings.likeliest, settings.temperature, uniform)
+        rows.append(topk.encode(known, logits_TV.shape[-1], settings.packed))
     return _entries(batch, {name: [row[name] for row in rows] for name in rows[0]})
+
+
+def _places(key: list[int], number: int, draws: int) -> Tensor:
+    """[number, draws] in [0, 1), rising and evenly apart from a random start: nearly no draw comes twice."""
+    starts = np.random.default_rng([*key, _DRAWS]).random((number, 1))
+    return torch.from_numpy((starts + np.arange(draws)) / max(1, draws))
 
 
 def _entries(batch: Batch, values: Mapping[str, Sequence[bytes]]) -> Entries:
@@ -139,6 +154,8 @@ class TeacherCache:
         """
         self.folder = folder
         found = manifest.require(folder, KIND)
+        if found["config"].get("format") != _FORMAT:
+            raise DataError(f"The teacher cache '{folder}' was written by another version.", "make it again")
         self.settings = from_dict(CacheSettings, found["config"]["settings"], "settings")
         self.facts = {d: from_dict(TeacherFacts, f, d) for d, f in found["config"]["teachers"].items()}
         self.domains = tuple(self.facts) if domains is None else tuple(domains)
@@ -172,7 +189,7 @@ class TeacherCache:
         return collate(processor, samples, [int(r.integers(self.settings.views)) for r in rngs], self.settings)
 
     def targets(self, batch: Batch) -> dict[str, Tensor]:
-        """velocity or bins (robot rows), top_ids [B, T + 1, k] and top_p [B, T + 1, k + 1] (questions); else zero.
+        """velocity or bins (robot rows), else zero, and the `topk.Known.targets` of questions.
 
         Raises: DataError for a sample that the cache does not hold, or holds otherwise.
         """
@@ -200,15 +217,14 @@ class TeacherCache:
         return {facts.target: torch.from_numpy(target)}
 
     def _tokens(self, batch: Batch, rows: np.ndarray, cells: Mapping[str, list[bytes]]) -> dict[str, Tensor]:
-        k, (vocab_size,) = self.settings.top_k, self.facts["multimodal"].shape
-        shape = tuple(batch["labels"].shape)
-        ids = np.broadcast_to(np.arange(k), (*shape, k)).copy()  # masked positions: any k different tokens
-        p = np.zeros((*shape, k + 1), np.float32)
+        settings, (vocab_size,) = self.settings, self.facts["multimodal"].shape
+        found = topk.unknown(tuple(batch["labels"].shape), settings.likeliest, settings.tail_draws)
         for i, row in enumerate(rows):
             fields = {name: values[i] for name, values in cells.items()}
-            token_ids, token_p = topk.decode(fields, k, vocab_size)
-            ids[row, : len(token_ids)], p[row, : len(token_ids)] = token_ids, token_p
-        return {"top_ids": torch.from_numpy(ids), "top_p": torch.from_numpy(p)}
+            known = topk.decode(fields, settings.top_k, settings.tail_draws, vocab_size, settings.packed)
+            for whole, part in zip(found.targets().values(), known.targets().values(), strict=True):
+                whole[row, : len(part)] = part
+        return found.targets()
 
 
 class _Part:
@@ -261,4 +277,4 @@ def load_cache(
 
 def settings_of(settings: CacheSettings, teachers: Mapping[Domain, TeacherFacts]) -> dict[str, Any]:
     """What a cache folder is claimed and finished with."""
-    return {"settings": to_dict(settings), "teachers": {d: to_dict(f) for d, f in teachers.items()}}
+    return {"format": _FORMAT, "settings": to_dict(settings), "teachers": {d: to_dict(f) for d, f in teachers.items()}}

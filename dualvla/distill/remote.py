@@ -18,6 +18,7 @@ from websockets.sync.client import ClientConnection, connect
 from dualvla.distill.alignment import ids_for_student, ids_for_teacher
 from dualvla.distill.facts import align
 from dualvla.distill.teacher_server import KEY_VARIABLE, LOOPBACK
+from dualvla.distill.topk import Known
 from dualvla.errors import CheckpointError, ServerError, UsageError
 from dualvla.models.processing import Processor
 from dualvla.wire import teacher as wire
@@ -73,8 +74,10 @@ class RemoteTeacher:
         )
 
     def targets(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
-        """velocity [B, K, H, D] or bins [B, H, D, bins] of robot rows; of questions top_ids [B, T + 1, k] and top_p
-        [B, T + 1, k + 1]; else zero. Raises: ServerError, WireError."""
+        """velocity [B, K, H, D] or bins [B, H, D, bins] of robot rows, else zero; `topk.Known.targets` of questions.
+
+        Raises: ServerError, WireError.
+        """
         robot = batch["robot"]
         rows = (robot if self._domain == "robot" else ~robot).nonzero().squeeze(1)
         if not len(rows):
@@ -113,10 +116,14 @@ class RemoteTeacher:
         log_p = wire.array(answer, "log_p", "float32", (*places, self._top_k + 1))
         if not (ids.min() >= 0 and ids.max() < self._vocab_size and log_p.max() <= 1e-3):
             raise ServerError(f"The teacher at {self.url} gave no distribution over words.", "check what serves there")
-        return {
-            "top_ids": torch.from_numpy(ids_for_student(ids, self._mapping)),
-            "top_p": torch.from_numpy(np.exp(log_p)),
-        }
+        no_draws = torch.zeros((*places, 0))
+        known = Known(
+            torch.from_numpy(ids_for_student(ids, self._mapping)),
+            torch.from_numpy(np.exp(log_p)),
+            no_draws.long(),
+            no_draws,
+        )
+        return known.targets()
 
     def _tokenizer(self) -> str:
         found = self._ask(Ask("tokenizer", {})).get("tokenizer")

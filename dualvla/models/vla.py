@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from transformers import Cache
 
 from dualvla.distill.losses import masked_mean, token_kd
-from dualvla.distill.topk import top_k_kd
+from dualvla.distill.topk import Known, known_kd
 from dualvla.models import backbone as backbones
 from dualvla.models import heads, tower
 from dualvla.models.adapters import attach_adapters
@@ -102,7 +102,7 @@ class VLA(nn.Module):
 
         mode "loss": "loss" = L_VLA + lambda L_KD (Eq. 7) and each term, detached. counts: see `loss_counts`. targets:
         what the teachers gave: "velocity" [B, K, H, D] or "bins" [B, H, D, bins] (Eq. 5, of the head's kind), "logits"
-        [B, T + 1, V] or of a teacher cache "top_ids" and "top_p" (Eq. 6), either or both.
+        [B, T + 1, V] or `topk.Known.targets` of [B, T + 1] (Eq. 6), either or both.
         mode "action": {"velocity" or "bins"} of an action teacher, pi(a | o, i): the text is left out.
         mode "logits": {"logits": [B, T + 1, V]} of a reasoning teacher, pi(r | o, i).
         """
@@ -229,10 +229,9 @@ class VLA(nn.Module):
                 mix=weights.divergence_mix,
             )
         if "top_ids" in targets:
-            terms["kd_token"] = top_k_kd(
+            terms["kd_token"] = known_kd(
                 logits,
-                targets["top_ids"],
-                targets["top_p"],
+                Known.of(targets),
                 masks["kd_token"],
                 weights.temperature,
                 count=number["kd_token"],

@@ -165,7 +165,7 @@ def plan(
     vocab_size = model.backbone.vocab_size
     kept = min(settings.top_k, vocab_size - 1)
     questions = chosen.collect.qa if answers is None else answers
-    per_token = topk.bytes_per_token(kept, vocab_size, settings.packed)
+    per_token = topk.bytes_per_token(kept, settings.tail_draws, vocab_size, settings.packed)
     share = -(-config.batch_size // gpus)
     return {
         "recipe": recipe,

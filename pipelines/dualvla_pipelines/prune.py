@@ -9,12 +9,10 @@ does), nor what a learned detector is made of.
 
 from __future__ import annotations
 
-import json
 import logging
-import math
-import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -23,18 +21,14 @@ from dualvla import config as configs
 from dualvla import console, errors
 from dualvla.io import dataset, manifest, storage
 from dualvla.pruning import MODES, FrameDifferences
-from dualvla_pipelines import labelling, prune_report
+from dualvla_pipelines import labelling, prune_report, ray_parts
 from dualvla_pipelines.prune_report import ReportConfig
+from dualvla_pipelines.ray_parts import Workers
 
 log = logging.getLogger(__name__)
 
 DETECTOR_KIND = "detector"
 _SCENE_MODES = ("both", "scene", "random")
-# Actors that hold every CPU starve Ray Data's own tasks, and it waits for ever without an error.
-_CPUS_PER_WORKER = 0.5
-# Ray Data takes about 10 ms of the driver for a task, beside workers that hold every core: parts go in small groups.
-_TASKS_PER_WORKER, _MOST_PARTS_A_TASK = 32, 8
-_RETRIES = 2  # of a part whose worker died, before the job stops: a part that kills every worker must not loop for ever
 
 
 @dataclass(frozen=True)
@@ -55,28 +49,6 @@ class PruneConfig:
     def __post_init__(self) -> None:
         if self.mode not in MODES:
             raise errors.UsageError(f"Unknown pruning mode '{self.mode}'.", errors.did_you_mean(self.mode, MODES))
-
-
-@dataclass(frozen=True)
-class Workers:
-    """How the work is spread; changes no result.
-
-    count: processes (default: one a CPU). gpus: share of a GPU for each, with a learned detector (default: the
-    cluster's GPUs divided evenly among the workers; 0 keeps the detector on CPUs).
-    """
-
-    count: int | None = None
-    gpus: float | None = None
-
-    def plan(self, parts: int, cluster_cpus: float, cluster_gpus: float, learned: bool) -> tuple[int, dict[str, float]]:
-        """(number of actors, what each asks Ray for), such that all of them can be placed at once."""
-        count = max(1, min(parts, self.count or int(cluster_cpus)))
-        share = self.gpus if learned and cluster_gpus else 0.0
-        if share is None:
-            share = math.floor(1e4 / max(1, math.ceil(count / cluster_gpus))) / 1e4  # Ray counts in 1/10000
-        if share:
-            count = min(count, max(1, int(cluster_gpus * math.floor(1.0 / share))))
-        return count, {"num_cpus": min(_CPUS_PER_WORKER, 0.5 * cluster_cpus / count), "num_gpus": share}
 
 
 def prune(
@@ -189,57 +161,9 @@ class PartPruner:
 Execute = Callable[[PruneJob, Sequence[str], Workers], Iterable[tuple[str, dict[str, Any]]]]
 
 
-class _Worker:
-    """A `PartPruner` as Ray Data calls it: a row with a part's name in, a row with its tally or its error out."""
-
-    def __init__(self, job: PruneJob, device: str):
-        import pyarrow as pa
-
-        pa.set_cpu_count(1)  # one process a CPU: threads beside it only get in each other's way
-        self._prune = PartPruner(job, device)
-
-    def __call__(self, row: dict[str, str]) -> dict[str, str]:
-        try:
-            return {"name": row["name"], "tally": json.dumps(self._prune(row["name"])), "error": ""}
-        except errors.DualVLAError as error:
-            return {"name": row["name"], "tally": "", "error": json.dumps([type(error).__name__, *error.args])}
-
-
 def on_ray(job: PruneJob, names: Sequence[str], workers: Workers) -> Iterator[tuple[str, dict[str, Any]]]:
-    """(part, tally) as the parts finish. A few names are one block: no shuffle, and no image crosses a process."""
-    import ray
-
-    from dualvla_cluster import resources
-    from dualvla_cluster.connect import connect
-
-    connect()
-    ray.data.DataContext.get_current().enable_progress_bars = False  # ours counts parts
-    logging.getLogger("ray.data").setLevel(logging.ERROR)  # it announces every plan, and that its bars are off
-    cluster = ray.cluster_resources()
-    count, shares = workers.plan(len(names), cluster["CPU"], cluster.get("GPU", 0.0), job.detector is not None)
-    tasks = max(math.ceil(len(names) / _MOST_PARTS_A_TASK), min(len(names), count * _TASKS_PER_WORKER))
-    options = resources.reservation("prune", cpus=shares["num_cpus"], gpus=shares["num_gpus"])
-    with warnings.catch_warnings():
-        # Deprecated for 2.64, but without it Ray Data tries a part that kills its worker for ever.
-        warnings.simplefilter("ignore", DeprecationWarning)
-        parts = ray.data.from_items([{"name": name} for name in names], override_num_blocks=tasks).map(
-            _Worker,
-            fn_constructor_args=(job, "cuda" if options["num_gpus"] else "cpu"),
-            compute=ray.data.ActorPoolStrategy(size=count),
-            max_task_retries=_RETRIES,
-            **options,
-        )
-    try:
-        for row in parts.iter_rows():
-            if row["error"]:
-                kind, *arguments = json.loads(row["error"])
-                raise getattr(errors, kind)(*arguments)
-            yield row["name"], json.loads(row["tally"])
-    except ray.exceptions.RayActorError as error:
-        raise errors.PlatformError(
-            f"A worker died {_RETRIES + 1} times on the same part: {str(error).splitlines()[0]}",
-            "give it more memory (fewer --workers), then run the same command again: it resumes",
-        ) from error
+    """(part, tally) as the parts finish."""
+    return ray_parts.run("prune", partial(PartPruner, job), names, workers, learned=job.detector is not None)
 
 
 def _finish(

@@ -1,7 +1,8 @@
-"""`dualvla teach`: the teachers of a data set's training rows, asked once, into a teacher cache.
+"""`dualvla teach`: the teachers of a data set's training rows, asked once by Ray Data, into a teacher cache.
 
 Work is cut into parts of rows; every part is a file that appears whole, so an interrupted run goes on with the parts
 that lack. What an entry says depends on its sample, its teacher and the settings alone, never on its part or worker.
+Ray Data carries the names of parts to a pool of actors, each of which holds a teacher and writes whole parts.
 """
 
 from __future__ import annotations
@@ -9,23 +10,24 @@ from __future__ import annotations
 import logging
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from functools import partial
+from typing import Any, cast
 
 import numpy as np
-import ray
 import torch
 
 from dualvla import console
 from dualvla.distill import cache, topk
 from dualvla.distill.cache import KIND, PARTS, TEACHER_OF, CacheSettings, Domain
 from dualvla.distill.facts import TeacherFacts, check_teacher
-from dualvla.errors import DataError, UsageError
+from dualvla.errors import UsageError
 from dualvla.io import dataset, manifest, storage
 from dualvla.models.checkpoint import load_config, load_model
 from dualvla.models.config import ModelConfig
 from dualvla.models.processing import Processor
-from dualvla_cluster import connect, pool, resources
+from dualvla_pipelines import ray_parts
 from dualvla_pipelines.fit import check_fit
+from dualvla_pipelines.ray_parts import Workers
 from dualvla_pipelines.samples import TrainRows
 
 log = logging.getLogger(__name__)
@@ -36,45 +38,37 @@ _MUCH_TAIL = 0.005
 
 
 @dataclass(frozen=True)
-class TeachItem:
-    """Rows [start, stop) of a domain."""
-
-    domain: Domain
-    start: int
-    stop: int
-
-
-@dataclass(frozen=True)
 class TeachJob:
-    """What a worker needs to know. teachers: domain -> checkpoint folder."""
+    """What a worker needs to know. teachers: domain -> checkpoint folder. samples_per_part: rows of a part."""
 
     data: str
     out: str
     teachers: Mapping[Domain, str]
     settings: CacheSettings
-    device: str
+    samples_per_part: int
 
 
-class TeachWorkerImpl:
+class PartTeacher:
     """Holds the rows, and one teacher at a time."""
 
-    def __init__(self, job: TeachJob):
-        self._job, self._rows = job, TrainRows.load(job.data)
+    def __init__(self, job: TeachJob, device: str = "cpu"):
+        self._job, self._device, self._rows = job, device, TrainRows.load(job.data)
         self._teacher: tuple[Domain, Any, Processor, ModelConfig] | None = None
 
-    def run(self, item: TeachItem) -> int:
-        """Writes a part; returns how many samples are in it."""
-        if self._teacher is None or self._teacher[0] != item.domain:
+    def __call__(self, name: str) -> int:
+        """Writes the part "domain/first row"; returns how many samples are in it."""
+        domain, start = _read(name)
+        if self._teacher is None or self._teacher[0] != domain:
             self._teacher = None  # frees the old one before the new one is loaded
-            model, processor, config = load_model(self._job.teachers[item.domain])
-            self._teacher = (item.domain, model.to(self._job.device), processor, config)
-        rows = range(item.start, item.stop)
+            model, processor, config = load_model(self._job.teachers[domain])
+            self._teacher = (domain, model.to(self._device), processor, config)
+        rows = range(start, min(start + self._job.samples_per_part, self._rows.counts[domain]))
         entries = [
-            self._entries(item.domain, list(rows[i : i + _SAMPLES_AT_ONCE]), view)
+            self._entries(domain, list(rows[i : i + _SAMPLES_AT_ONCE]), view)
             for view in range(self._job.settings.views)
             for i in range(0, len(rows), _SAMPLES_AT_ONCE)
         ]
-        cache.write_part(cache.part_url(self._job.out, item.domain, item.start), entries)
+        cache.write_part(cache.part_url(self._job.out, domain, start), entries)
         return len(rows)
 
     @torch.inference_mode()
@@ -83,14 +77,11 @@ class TeachWorkerImpl:
         _, model, processor, config = self._teacher
         samples = [self._rows.sample(domain, row, config.horizon, with_reasoning=False) for row in rows]
         batch = cache.collate(processor, samples, [view] * len(rows), self._job.settings)
-        on_device = {name: tensor.to(self._job.device) for name, tensor in batch.items()}
+        on_device = {name: tensor.to(self._device) for name, tensor in batch.items()}
         if domain == "robot":
             (predicted,) = model(on_device, mode="action").values()
             return cache.action_entries(batch, predicted)
         return cache.reasoning_entries(batch, model(on_device, mode="logits")["logits"], self._job.settings)
-
-
-TeachWorker = ray.remote(TeachWorkerImpl)
 
 
 def teach(
@@ -117,14 +108,11 @@ def teach(
     if not manifest.begin(out, KIND, config, inputs):
         return {**manifest.require(out, KIND)["facts"], "out": out, "skipped": True}
 
-    counts = TrainRows.load(data).counts
-    items = [
-        TeachItem(domain, start, min(start + _SAMPLES_PER_PART, counts[domain]))
-        for domain in teachers
-        for start in range(0, counts[domain], _SAMPLES_PER_PART)
-    ]
-    _fill(data, out, teachers, settings, items, workers)
-    files = {f"{PARTS[i.domain]}/{url.rsplit('/', 1)[-1]}": manifest.file_digest(url) for i, url in _urls(out, items)}
+    counts, size = TrainRows.load(data).counts, _SAMPLES_PER_PART
+    parts = {f"{d}/{i}": min(size, counts[d] - i) for d in teachers for i in range(0, counts[d], size)}
+    _fill(TeachJob(data, out, teachers, settings, size), parts, Workers(workers))
+    urls = {name: cache.part_url(out, *_read(name)) for name in parts}
+    files = {f"{PARTS[_read(name)[0]]}/{u.rsplit('/', 1)[-1]}": manifest.file_digest(u) for name, u in urls.items()}
     found = {domain: _measure(out, domain, files, settings, facts[domain]) for domain in teachers}
     manifest.finish(out, KIND, config, inputs, files=files, facts=found)
     return {**manifest.require(out, KIND)["facts"], "out": out, "skipped": False}
@@ -150,34 +138,26 @@ def check_teachers(teachers: Mapping[Domain, str], data: str, settings: CacheSet
     return found
 
 
-def _fill(
-    data: str, out: str, teachers: Mapping[Domain, str], settings: CacheSettings, items: list[TeachItem], workers: int
-) -> None:
-    pending = [item for item, url in _urls(out, items) if not storage.exists(url)]
+def _fill(job: TeachJob, parts: Mapping[str, int], workers: Workers) -> None:
+    """Writes those of the parts that lack. parts: name -> samples."""
+    pending = [name for name in parts if not storage.exists(cache.part_url(job.out, *_read(name)))]
     if not pending:
         return
-    connect.connect()
-    gpus = ray.cluster_resources().get("GPU", 0.0)
-    total = sum(i.stop - i.start for i in items)
-    number = min(workers, len(pending))
-    # Of few GPUs, each worker gets a share.
-    options = resources.reservation("teach", cpus=0.5, gpus=min(1.0, gpus / number))
-    job = TeachJob(data, out, teachers, settings, "cuda" if gpus else "cpu")
-    with console.progress("teach", total, total - sum(i.stop - i.start for i in pending)) as advance:
-        for outcome in pool.run(lambda: TeachWorker.options(**options).remote(job), "run", pending, num_actors=number):
-            if outcome.failure is not None:
-                raise DataError(f"Samples {outcome.item}: {outcome.failure}", "run the same command again")
-            advance(outcome.value)
+    total, left = sum(parts.values()), sum(parts[name] for name in pending)
+    with console.progress("teach", total, total - left) as advance:
+        for _, written in ray_parts.run("teach", partial(PartTeacher, job), pending, workers, learned=True):
+            advance(written)
 
 
-def _urls(out: str, items: list[TeachItem]) -> list[tuple[TeachItem, str]]:
-    return [(item, cache.part_url(out, item.domain, item.start)) for item in items]
+def _read(name: str) -> tuple[Domain, int]:
+    domain, start = name.split("/")
+    return cast(Domain, domain), int(start)
 
 
 def _measure(
     out: str, domain: Domain, files: Mapping[str, str], settings: CacheSettings, facts: TeacherFacts
 ) -> dict[str, Any]:
-    """Entries and bytes; of reasoning also the mass that lies outside the top k."""
+    """Entries and bytes; of reasoning also the mass that lies outside the likeliest tokens."""
     names = [name for name in files if name.startswith(PARTS[domain])]
     urls = [storage.join(out, name) for name in names]
     stored = sum(storage.size_bytes(url) for url in urls)
@@ -186,23 +166,21 @@ def _measure(
         table = dataset.read_table(url)
         entries += len(table)
         if domain == "multimodal":
-            kind = "<f2" if settings.packed else "<f4"
-            tails += [np.frombuffer(cell, kind).astype(np.float64) for cell in table["tail"].to_pylist()]
+            tails += [topk.tail_of(cell, settings.packed) for cell in table["tail"].to_pylist()]
     found = {"entries": entries, "bytes": stored}
     if not tails:
         return found
     tail = np.concatenate(tails)
-    if tail.mean() > _MUCH_TAIL:
+    if settings.tail_draws == 0 and tail.mean() > _MUCH_TAIL:
         log.warning(
             "%.1f %% of the reasoning teacher's mass lies outside its %d likeliest tokens at temperature %g: a cached "
-            "divergence leaves that out. A larger --top-k or a lower --temperature holds more.",
+            "divergence leaves that out. --tail-draws 8 estimates it.",
             100 * tail.mean(), settings.top_k, settings.temperature,
         )  # fmt: skip
-    plain = topk.bytes_per_token(settings.top_k, facts.shape[0], settings.packed)
     return {
         **found,
         "tokens": len(tail),
-        "bytes_per_token": plain,
+        "bytes_per_token": topk.bytes_per_token(settings.top_k, settings.tail_draws, facts.shape[0], settings.packed),
         "stored_bytes_per_token": round(stored / len(tail), 1),
         "tail_mass": float(tail.mean()),
     }

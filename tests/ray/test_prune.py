@@ -22,7 +22,8 @@ from dualvla import cli
 from dualvla.errors import DataError, OutputError, PlatformError, UsageError
 from dualvla.io import dataset, manifest
 from dualvla_pipelines.labelling import SceneSource
-from dualvla_pipelines.prune import PruneConfig, PruneJob, Workers, on_ray
+from dualvla_pipelines.prune import PruneConfig, PruneJob, on_ray
+from dualvla_pipelines.ray_parts import Workers
 
 MakeDataset = Callable[..., str]
 pytestmark = pytest.mark.usefixtures("ray_cluster")

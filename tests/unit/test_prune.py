@@ -20,8 +20,9 @@ from dualvla.io import dataset, manifest
 from dualvla.pruning.ddm import KIND as DETECTOR_KIND
 from dualvla.pruning.ddm import DDMConfig, DDMNet, load_detector, save_detector
 from dualvla_pipelines import labelling, prune_report, timeline
-from dualvla_pipelines.prune import PartPruner, PruneConfig, PruneJob, Workers, prune
+from dualvla_pipelines.prune import PartPruner, PruneConfig, PruneJob, prune
 from dualvla_pipelines.prune_report import ReportConfig
+from dualvla_pipelines.ray_parts import Workers
 
 MakeDataset = Callable[..., str]
 HOSTILE = "<script>document.title='owned'</script>"

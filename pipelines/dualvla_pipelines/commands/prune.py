@@ -43,8 +43,9 @@ def _configure(parser: argparse.ArgumentParser) -> None:
 
 
 def _run(arguments: argparse.Namespace) -> dict[str, Any]:
-    from dualvla_pipelines.prune import PruneConfig, Workers, prune
+    from dualvla_pipelines.prune import PruneConfig, prune
     from dualvla_pipelines.prune_report import ReportConfig
+    from dualvla_pipelines.ray_parts import Workers
 
     apply_profile(arguments, "prune")
     config = PruneConfig(mode=arguments.mode, seed=arguments.seed, strict=arguments.strict, camera=arguments.camera)

@@ -19,7 +19,10 @@ def _configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("out", metavar="OUT", nargs="?", help="cache folder to make; goes on with what is there")
     parser.add_argument("--action-teacher", metavar="C", help="the specialist's checkpoint (Eq. 5)")
     parser.add_argument("--reasoning-teacher", metavar="C", help="the checkpoint that stage dual starts from (Eq. 6)")
-    parser.add_argument("--top-k", type=int, default=50, help="likeliest tokens kept at every position of an answer")
+    parser.add_argument("--top-k", type=int, default=50, help="tokens kept at every position of an answer")
+    parser.add_argument(
+        "--tail-draws", type=int, default=8, help="how many of these are drawn from all but the likeliest"
+    )
     parser.add_argument("--temperature", type=float, default=2.0, help="that training will soften by")
     parser.add_argument("--views", type=int, default=4, help="(colour jitter, tau, noise) a sample: training takes one")
     parser.add_argument("--packed", action="store_true", help="fewer bytes a token, a little less exact")
@@ -53,7 +56,12 @@ def _run(arguments: argparse.Namespace) -> dict[str, Any]:
         action_teacher=arguments.action_teacher,
         reasoning_teacher=arguments.reasoning_teacher,
         settings=CacheSettings(
-            arguments.top_k, arguments.temperature, arguments.views, arguments.seed, arguments.packed
+            arguments.top_k,
+            arguments.temperature,
+            arguments.views,
+            arguments.seed,
+            arguments.packed,
+            arguments.tail_draws,
         ),
         workers=arguments.workers,
     )
