@@ -90,6 +90,7 @@ def collect(config: CollectConfig, out: str, workers: int, assets: str | None = 
     Raises: OutputError if `out` belongs to another run, PlatformError without a Vulkan device.
     """
     suite = get_suite(config.suite, assets)
+    suite.need_expert()
     if (config.qa or config.qa_test) and suite.name != "blocks":
         raise UsageError(f"Suite '{suite.name}' has no questions.", "leave --qa and --qa-test out")
     for task in config.episodes:

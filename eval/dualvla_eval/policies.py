@@ -49,6 +49,11 @@ class PolicyRef:
         return self.source in BUILT_IN
 
     @property
+    def scripted(self) -> bool:
+        """Needs the suite's expert."""
+        return self.source in ("expert", "expert-random-object")
+
+    @property
     def control(self) -> bool:
         """A control experiment, to be read beside the policies and not among them."""
         return self.ablation != "none" or self.source == "expert-random-object"

@@ -21,7 +21,15 @@ Purpose = Literal["evaluation", "training", "qa_train", "qa_test"]
 _PURPOSE_CODE: dict[Purpose, int] = {"evaluation": 1, "training": 2, "qa_train": 3, "qa_test": 4}
 _SEED_BITS = 56
 
-SUITES = ("blocks", "simpler-widowx", "simpler-google-vm", "simpler-google-va")
+SUITES = (
+    "blocks",
+    "simpler-widowx",
+    "simpler-google-vm",
+    "simpler-google-va",
+    "maniskill2",
+    "maniskill2-simpler-widowx",
+    "maniskill2-simpler-google",
+)
 
 
 @dataclass(frozen=True)
@@ -49,6 +57,10 @@ def _no_assets() -> Mapping[str, Sequence[str]]:
     return {"used": [], "substituted": []}
 
 
+def _this_process() -> Mapping[str, str]:
+    return {}
+
+
 def _nothing_to_check(tasks: Sequence[TaskSpec]) -> None:
     """For suites that need no files."""
 
@@ -61,7 +73,8 @@ class Suite:
     and variant that is evaluated. default_conventions: what `dualvla eval` does unless told otherwise, by the names of
     `dualvla_eval.conventions`. means: name of a mean -> the tasks that it is over. robustness_variants: variants that
     are rolled out but are part of no task's rate and of no mean. assets: "used" and "substituted", names of files.
-    check: raises DataError, naming what is missing, if some of these tasks cannot run here.
+    check: raises DataError or PlatformError, naming what is missing, if some of these tasks cannot run here. simulator:
+    package -> version, where it runs in another interpreter than ours. expert: whether there is a scripted one.
     """
 
     name: str
@@ -77,6 +90,15 @@ class Suite:
     robustness_variants: tuple[str, ...] = ()
     assets: Callable[[], Mapping[str, Sequence[str]]] = _no_assets
     check: Callable[[Sequence[TaskSpec]], None] = _nothing_to_check
+    simulator: Callable[[], Mapping[str, str]] = _this_process
+    expert: bool = True
+
+    def need_expert(self) -> None:
+        """Raises: UsageError if nobody has scripted one."""
+        if not self.expert:
+            raise UsageError(
+                f"Suite '{self.name}' has no expert.", "evaluate random, a checkpoint or an endpoint on it"
+            )
 
     def task(self, name: str, variant: str | None = None) -> TaskSpec:
         """variant: default, the first that the suite lists for this task. Raises: UsageError."""
@@ -146,6 +168,10 @@ def get_suite(name: str, assets: str | None = None) -> Suite:
         raise UsageError(f"Unknown suite '{name}'.", did_you_mean(name, SUITES))
     if name == "blocks":
         return _blocks()
+    if name.startswith("maniskill2"):
+        from dualvla_eval.maniskill2.suite import original_suite
+
+        return original_suite(name, assets)
     from dualvla_eval.simpler.suite import simpler_suite
 
     return simpler_suite(name, assets)

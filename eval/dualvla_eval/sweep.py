@@ -89,6 +89,8 @@ def run_sweep(
     run; whatever loading a policy raises.
     """
     refuse_duplicates(refs)
+    if any(ref.scripted for ref in refs):
+        suite.need_expert()
     items = plan(suite, refs, config)
     identity = {"suite": suite.name, "policies": [r.name for r in refs], **asdict(config)}
     identity |= {"variants": list(config.variants or ()), "seeds": list(config.seeds)}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import platform
 import sys
+from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib import metadata
 
@@ -12,15 +13,17 @@ _PACKAGES = ("dualvla", "numpy", "ray", "torch", "transformers", "sapien", "mani
 
 @dataclass(frozen=True)
 class Machine:
-    """renderer: the devices as the simulator names them, None if it is not loaded in this process."""
+    """renderer: the devices as the simulator names them, None if it is not loaded in this process. simulator:
+    package -> version in another interpreter, where that one simulates."""
 
     python: str
     system: str
     packages: dict[str, str]
     renderer: str | None
+    simulator: dict[str, str]
 
 
-def machine() -> Machine:
+def machine(simulator: Mapping[str, str] | None = None) -> Machine:
     """Of this process: call it where the simulator runs."""
     packages = {}
     for name in _PACKAGES:
@@ -28,7 +31,7 @@ def machine() -> Machine:
             packages[name] = metadata.version(name)
         except metadata.PackageNotFoundError:
             continue
-    return Machine(platform.python_version(), platform.platform(), packages, _renderer())
+    return Machine(platform.python_version(), platform.platform(), packages, _renderer(), dict(simulator or {}))
 
 
 def _renderer() -> str | None:

@@ -30,11 +30,16 @@ def _configure(parser: argparse.ArgumentParser) -> None:
         action="append",
         required=True,
         metavar="NAME | qa:[NAME=]PATH[#METRIC]",
-        help="blocks, simpler-widowx, simpler-google-vm, simpler-google-va, or questions: a data set folder (its "
-        "held-out ones) or a tab-separated file as VLMEvalKit has them; METRIC: choice, exact, vqa or anls (default: "
+        help="blocks, simpler-widowx, simpler-google-vm, simpler-google-va, maniskill2, maniskill2-simpler-widowx, "
+        "maniskill2-simpler-google (docs/maniskill2.md), or questions: a data set folder (its held-out ones) or a "
+        "tab-separated file as VLMEvalKit has them; METRIC: choice, exact, vqa or anls (default: "
         "as the content says). qa: may be given several times",
     )
-    parser.add_argument("--assets", metavar="DIR", help="SimplerEnv's files (default: DUALVLA_ASSETS, or the cache)")
+    parser.add_argument(
+        "--assets",
+        metavar="DIR",
+        help="SimplerEnv's files (default: DUALVLA_ASSETS, or the cache), or maniskill2's (default: MS2_ASSET_DIR)",
+    )
     parser.add_argument("--out", required=True, metavar="DIR", help="the evaluation folder; resumes what is there")
     parser.add_argument("--tasks", metavar="A,B", help="tasks to evaluate (default: all of the suite)")
     parser.add_argument("--variants", metavar="A,B", help="variants of the tasks (default: all of the suite)")

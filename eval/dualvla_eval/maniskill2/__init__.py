@@ -1,0 +1,1 @@
+"""Second backend: the original simulators of SAPIEN 2 (mani-skill2, SimplerEnv) behind the same interface."""
