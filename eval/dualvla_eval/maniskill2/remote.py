@@ -6,11 +6,11 @@ Knows Ray and the interpreter; nothing of tasks or conventions.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import ray
 from ray import cloudpickle
+from ray._private.ray_constants import WORKER_PROCESS_SETUP_HOOK_ENV_VAR
 from ray.exceptions import RayActorError, RayTaskError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
@@ -36,13 +36,15 @@ class RemoteProcess:
             "scheduling_strategy": here,
             "runtime_env": {
                 "py_executable": interpreter.python,
-                "env_vars": {**interpreter.variables, **variables},
+                "env_vars": {
+                    **interpreter.variables,
+                    **variables,
+                    WORKER_PROCESS_SETUP_HOOK_ENV_VAR: "",  # a submitted job has one of ours, which is not there
+                },
             },
         }
         make = ray.remote(original.OriginalImpl).options(**options)
         self._actor: Any = make.remote(package, robot.camera, list(robot.fingers))
-        # Waits in a thread of its own: in an actor's event loop Ray warns of that, and ours has nothing else to do.
-        self._waiting = ThreadPoolExecutor(1)
 
     def reset(self, task: str, seed: int, episode_id: int) -> Mapping[str, Any]:
         return self._result(self._actor.reset.remote(task, seed, episode_id))
@@ -52,11 +54,10 @@ class RemoteProcess:
 
     def close(self) -> None:
         ray.kill(self._actor)
-        self._waiting.shutdown()
 
     def _result(self, reference: Any) -> Any:
         try:
-            return self._waiting.submit(ray.get, reference).result()
+            return reference.future().result()  # `ray.get` warns where an event loop waits; ours means to
         except RayTaskError as error:
             raise PlatformError(*_told(error)) from error
         except RayActorError as error:
