@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -197,6 +198,49 @@ def check_start(env: Any, obs: dict[str, Any], recorded: dict[str, Any], name: s
     simulated = np.any(boxed(env.task.photo) != theirs, axis=-1)
     assert error.mean() <= 1.0
     assert name in ROLLING or error[simulated].mean() <= 4.0
+
+
+@pytest.mark.slow
+@pytest.mark.sim
+def test_distractors_come_to_rest_around_a_can_that_stays_where_it_was(env: Any) -> None:
+    """With models that are at hand in place of the variant's; each must have left where it waited above the scene."""
+    alone = tasks.setup(tasks.VARIANT_AGGREGATION, tasks.PICK_COKE_CAN, "base", 12)
+    more = tasks.setup(tasks.VARIANT_AGGREGATION, tasks.PICK_COKE_CAN, "distractors_more", 12)
+    at_hand = [o for o in more.objects if o.model in ("orange", "bridge_spoon_generated_modified")]
+    env.reset(options={"setup": alone})
+    undisturbed = env.world.pose(tasks.CAN)
+    obs, _ = env.reset(options={"setup": replace(alone, objects=(*alone.objects, *at_hand))})
+    assert offset_mm(env.world.pose(tasks.CAN), [*undisturbed.p, *undisturbed.q]) < 1
+    dropped_at = {o.model: np.array(o.pose.position) for o in at_hand}
+    rested = {o.model: env.world.position(o.model) for o in at_hand}
+    assert len(rested) == 2
+    for model, place in rested.items():
+        assert np.linalg.norm((place - dropped_at[model])[:2]) < 0.1, model
+        assert 0.86 < place[2] < 0.93, model
+    for _ in range(3):
+        obs, *_ = env.step(np.array([0.0, 0, 0, 0, 0, 0, 1]))
+    for model, place in rested.items():
+        np.testing.assert_allclose(env.world.position(model), place, atol=1e-3)
+    orange = np.argwhere((obs["images"]["main"].astype(int) @ [1, 0, -1]) > 150)  # red without blue
+    u, v = env.project(np.array(env.state().object("orange").position)) * (640, 512)
+    assert np.linalg.norm(orange - (v, u), axis=1).min() < 5
+
+
+@pytest.mark.slow
+@pytest.mark.sim
+def test_the_cabinets_first_light_casts_a_shadow_and_no_more(env: Any) -> None:
+    """With the cabinet that is at hand and without a stage."""
+    setup = tasks.setup(tasks.VARIANT_AGGREGATION, tasks.OPEN_DRAWER, "base", 0)
+    assert setup.station is not None
+    cabinet = replace(setup.station, model="mk_station_recolor")
+    setup = replace(setup, stage=replace(setup.stage, model=None), station=cabinet)
+    shadowless = replace(setup, lights=tuple(replace(light, shadow=False) for light in setup.lights))
+    with_shadow, without = (
+        env.reset(options={"setup": s})[0]["images"]["main"].astype(int) for s in (setup, shadowless)
+    )
+    darker = without - with_shadow
+    assert darker.min() >= -2  # a shadow brightens nothing
+    assert 0.01 < (darker.max(axis=-1) > 20).mean() < 0.5
 
 
 @pytest.mark.slow
