@@ -42,6 +42,7 @@ _POLL_S = 0.5
 _LOOK_EVERY_S = 10.0
 _INTERRUPTED = 130
 _OVER_QUOTA = "status code 429"
+_CUT_OFF = "WebSocket connection closed"
 _TALKATIVE = ("dashboard.modules.dashboard_sdk", "dashboard.modules.job.sdk", "_private.runtime_env.packaging")
 
 
@@ -258,6 +259,11 @@ class Jobs:
         except RuntimeError as error:  # all that Ray's client says of any other HTTP status
             if job_id is not None and "status code 404" in str(error):
                 raise UsageError(f"No job '{job_id}' at {self._address}.", "`dualvla jobs list` names them") from error
+            if _CUT_OFF in str(error):
+                raise PlatformError(
+                    f"The Ray head at {self._address} went away while job {job_id} ran.",
+                    "once it is back, the same command again follows the job, or resumes it",
+                ) from error
             if _OVER_QUOTA in str(error):
                 raise PlatformError(
                     f"{self._address} refused this by a quota: {error}",

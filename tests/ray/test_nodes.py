@@ -302,6 +302,7 @@ def test_what_ends_the_job_is_mended_by_the_same_command(
     run = pipeline(cluster, tmp_path / "log", out)
     strike(Scene(run, cluster, store, out))
     assert run.end() != 0
+    assert "Traceback" not in run.said()
     took_s = time.monotonic() - started
     with contextlib.ExitStack() as stack:
         if strike is lose_the_head:
