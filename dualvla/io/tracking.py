@@ -141,9 +141,16 @@ class MLflow(_Tracker):
     _EXPERIMENT = "dualvla"
 
     def __init__(self, uri: str, run: str, first: int):
-        tracking = _load(*_PACKAGES["mlflow"])
-        self._client = tracking.MlflowClient(tracking_uri=uri)
-        found = self._client.get_experiment_by_name(self._EXPERIMENT)
+        tracking, refused = _load(*_PACKAGES["mlflow"]), _load("mlflow.exceptions", "dualvla[tracking]")
+        try:
+            self._client = tracking.MlflowClient(tracking_uri=uri)
+            found = self._client.get_experiment_by_name(self._EXPERIMENT)
+        except refused.MlflowException as error:
+            raise UsageError(
+                f"MLflow does not track at '{uri}': {error}.",
+                "write mlflow:http://HOST:PORT of a server; mlflow:sqlite:///FILE needs the whole package mlflow, and "
+                "mlflow:file:///FOLDER MLFLOW_ALLOW_FILE_STORE=true",
+            ) from error
         experiment: Any = found.experiment_id if found else self._client.create_experiment(self._EXPERIMENT)
         self._id = self._client.create_run(experiment, run_name=run).info.run_id
 
@@ -162,8 +169,8 @@ _TRACKERS: dict[str, type[TensorBoard] | type[Wandb] | type[MLflow]] = {
 }
 _PACKAGES = {  # module, and what to install
     "tensorboard": ("tensorboardX", "dualvla[track]"),
-    "wandb": ("wandb", "wandb"),
-    "mlflow": ("mlflow.tracking", "mlflow"),
+    "wandb": ("wandb", "dualvla[tracking]"),
+    "mlflow": ("mlflow.tracking", "dualvla[tracking]"),
 }
 _WHERE = {"tensorboard": "FOLDER", "wandb": "PROJECT", "mlflow": "URI"}
 

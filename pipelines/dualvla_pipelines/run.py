@@ -20,9 +20,11 @@ from dualvla import cli
 from dualvla.config import override, to_dict
 from dualvla.console import RUN_VARIABLE, table
 from dualvla.io import manifest, storage
+from dualvla.io.tracking import check_tracker
 from dualvla_cluster.resources import get_profile
 from dualvla_pipelines import estimate
 from dualvla_pipelines.recipes import STAGES, EvalConfig, Recipe, get_recipe
+from dualvla_pipelines.record import tracker_settings
 
 log = logging.getLogger(__name__)
 
@@ -51,23 +53,27 @@ def run(
     seed: int = 0,
     workers: int | None = None,
     profile: str | None = None,
+    track: Sequence[str] = (),
     call: Call = cli.call,
 ) -> dict[str, Any]:
     """Runs, or goes on with, a recipe in folder `out`. Returns what `run.json` holds: results, timings, memory.
 
     workers: processes of collect, prune and eval (default: one a core); profile: machines and workers of each stage
-    (`dualvla_cluster.resources`), checked before anything starts; neither changes a result. call: runs a command.
+    (`dualvla_cluster.resources`), checked before anything starts; track: trackers of training (`dualvla.io.tracking`);
+    none of them changes a result. call: runs a command.
     Raises: UsageError for an unknown recipe or key, OutputError if `out` belongs to another run, and what stages raise.
     """
     chosen = override(get_recipe(recipe), assignments)
     key = {"recipe": to_dict(chosen), "seed": seed}
     if profile is not None:
         estimate.plan(chosen, get_profile(profile))
+    for setting in tracker_settings(track or None, out):
+        check_tracker(setting)
     finished = not manifest.begin(out, KIND, key, {})
     url = storage.join(out, RESULTS)
     record = json.loads(storage.read_bytes(url)) if storage.exists(url) else {"stages": {}}
     results: dict[str, dict[str, Any]] = {}
-    plan = stages(chosen, out, seed, workers, profile)
+    plan = stages(chosen, out, seed, workers, profile, track)
     for number, stage in enumerate(plan, 1):
         log.info("[%d/%d] %s", number, len(plan), stage.name)
         with _peak_memory() as peak_mb:
@@ -119,7 +125,14 @@ def dry_run(recipe: str, assignments: Sequence[str], profile: str) -> dict[str, 
     return estimate.as_dict(recipe, machines, estimate.plan(chosen, machines))
 
 
-def stages(recipe: Recipe, out: str, seed: int, workers: int | None = None, profile: str | None = None) -> list[Stage]:
+def stages(
+    recipe: Recipe,
+    out: str,
+    seed: int,
+    workers: int | None = None,
+    profile: str | None = None,
+    track: Sequence[str] = (),
+) -> list[Stage]:
     """The plan of a run. Folders: data, pruned, one a checkpoint, eval/*, qa, report."""
 
     def at(*parts: str) -> str:
@@ -129,6 +142,7 @@ def stages(recipe: Recipe, out: str, seed: int, workers: int | None = None, prof
     placed = () if profile is None else ("--profile", profile)
     counted = () if profile is not None and workers is None else ("--workers", str(workers or os.cpu_count() or 1))
     many = (*common, *counted, *placed)
+    tracked = [option for setting in track for option in ("--track", setting)]
     collect, evaluation = recipe.collect, recipe.eval
     plan = [
         Stage("collect", "collect", (
@@ -144,7 +158,7 @@ def stages(recipe: Recipe, out: str, seed: int, workers: int | None = None, prof
     for stage in STAGES:
         data = at("pruned") if stage == "dual" else at("data")
         argv = ("--stage", stage, "--recipe", recipe.name, "--data", data, "--out", at(stage), *teachers[stage])
-        plan.append(Stage(stage, "train", (*argv, *common, *placed, *_differences(recipe))))
+        plan.append(Stage(stage, "train", (*argv, *common, *placed, *tracked, *_differences(recipe))))
     for name, argv in _evaluations(evaluation, at).items():
         where = ("--suite", collect.suite, "--out", at("eval", name), "--reasoning", evaluation.reasoning)
         plan.append(Stage(f"eval {name}", "eval", (*argv, *where, *many)))

@@ -80,6 +80,18 @@ def test_train_stages_get_the_recipe_that_the_run_was_given():
             assert override(get_recipe("debug"), given) == recipe
 
 
+def test_trackers_reach_every_training_stage_and_a_wrong_one_stops_before_anything(tmp_path):
+    where = ["tensorboard:tb", "none"]
+    for stage in run.stages(get_recipe("debug"), "out", seed=0, workers=1, track=where):
+        given = [value for flag, value in itertools.pairwise(stage.argv) if flag == "--track"]
+        assert given == (where if stage.command == "train" else [])
+    commands = FakeCommands()
+    with pytest.raises(UsageError, match="did you mean 'tensorboard'"):
+        run.run("debug", str(tmp_path / "out"), track=["tensorbord:x"], call=commands)
+    assert not commands.calls
+    assert not (tmp_path / "out").exists()
+
+
 def test_an_interrupted_run_goes_on_and_keeps_its_times(tmp_path):
     commands = FakeCommands(fails="score")
     with pytest.raises(KeyboardInterrupt):

@@ -2,6 +2,7 @@
 
 import math
 import struct
+import time
 
 import pytest
 
@@ -40,26 +41,33 @@ def test_what_is_not_finite_is_left_out(tmp_path):
     assert scalars(tmp_path / "tiny") == {("c", 0): 1.0}
 
 
-def test_mlflow_reads_back_what_was_logged_even_under_names_it_refuses(tmp_path):
-    mlflow = pytest.importorskip("mlflow.tracking", reason="mlflow is not installed")
-    uri = f"sqlite:///{tmp_path}/runs.db"
+def test_mlflow_reads_back_what_was_logged_even_under_names_it_refuses(tmp_path, monkeypatch):
+    mlflow = pytest.importorskip("mlflow.tracking", reason="mlflow is not installed: pip install 'dualvla[tracking]'")
+    monkeypatch.setenv("MLFLOW_ALLOW_FILE_STORE", "true")  # the one store that needs neither server nor database
+    uri = f"file://{tmp_path}/runs"
     with open_tracker(f"mlflow:{uri}", "tiny") as tracker:
-        tracker.log({"success/specialist+blank": 5.0}, step=3)
+        tracker.log({"success/specialist+blank": 5.0, "loss": math.nan}, step=3)
+        tracker.log({"success/specialist+blank": 6.0}, step=4)
     client = mlflow.MlflowClient(uri)
     (run,) = client.search_runs([client.get_experiment_by_name("dualvla").experiment_id])
-    assert run.info.run_name == "tiny"
-    (metric,) = client.get_metric_history(run.info.run_id, "success/specialist_blank")
-    assert (metric.step, metric.value) == (3, 5.0)
+    assert (run.info.run_name, run.info.status) == ("tiny", "FINISHED")
+    metrics = client.get_metric_history(run.info.run_id, "success/specialist_blank")
+    assert [(metric.step, metric.value) for metric in metrics] == [(3, 5.0), (4, 6.0)]
+    with pytest.raises(UsageError, match=r"MLflow does not track at 'gopher://x'.*server"):
+        open_tracker("mlflow:gopher://x", "tiny")
 
 
 def test_wandb_keeps_an_offline_run(tmp_path, monkeypatch):
-    pytest.importorskip("wandb", reason="wandb is not installed")
+    pytest.importorskip("wandb", reason="wandb is not installed: pip install 'dualvla[tracking]'")
     monkeypatch.setenv("WANDB_MODE", "offline")
     monkeypatch.setenv("WANDB_DIR", str(tmp_path))
     with open_tracker("wandb:dualvla", "tiny") as tracker:
         tracker.log({"train/loss": 0.5}, step=10)
     (file,) = tmp_path.glob("wandb/offline-run-*/run-*.wandb")
-    assert b"train/loss" in file.read_bytes()
+    deadline = time.monotonic() + 30  # another process writes it
+    while b"train/loss" not in file.read_bytes():
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
 
 
 def test_a_tracker_that_is_not_installed_names_its_package(monkeypatch):
@@ -67,9 +75,9 @@ def test_a_tracker_that_is_not_installed_names_its_package(monkeypatch):
         raise ModuleNotFoundError(name=name.split(".")[0])
 
     monkeypatch.setattr(tracking.importlib, "import_module", missing)
-    for setting, package in (("tensorboard:x", r"dualvla\[track\]"), ("wandb:x", "wandb"), ("mlflow:x", "mlflow")):
+    for setting, package in (("tensorboard:x", r"track"), ("wandb:x", "tracking"), ("mlflow:x", "tracking")):
         for use in (lambda s=setting: open_tracker(s, "tiny"), lambda s=setting: check_tracker(s)):
-            with pytest.raises(PlatformError, match=f"pip install '{package}"):
+            with pytest.raises(PlatformError, match=rf"pip install 'dualvla\[{package}\]'"):
                 use()
 
 

@@ -17,6 +17,13 @@ def _configure(parser: argparse.ArgumentParser) -> None:
     add_profile(parser)
     parser.add_argument("--dry-run", action="store_true", help="print workers, machines, time and cost; start nothing")
     parser.add_argument(
+        "--track",
+        action="append",
+        default=[],
+        metavar="SETTING",
+        help="of every training step, as `train --track`; may be repeated",
+    )
+    parser.add_argument(
         "--set", action="append", default=[], metavar="KEY=VALUE", help="change the recipe, as in specialist.steps=100"
     )
 
@@ -33,6 +40,7 @@ def _run(arguments: argparse.Namespace) -> dict[str, Any]:
         seed=arguments.seed,
         workers=arguments.workers,
         profile=arguments.profile,
+        track=arguments.track,
     )
 
 
