@@ -6,6 +6,7 @@ Knows nothing of what the loop does but that it appends a line to `metrics.jsonl
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import logging
 import math
 import os
@@ -13,6 +14,7 @@ import tempfile
 import threading
 import time
 from pathlib import Path
+from typing import Any
 
 import ray
 from ray.train import LoggingConfig, RunConfig, ScalingConfig, TrainingFailedError
@@ -22,10 +24,12 @@ from ray.train.v2._internal.callbacks.placement_group_callback import PlacementG
 from dualvla import console
 from dualvla.errors import DataError, DualVLAError, StorageError, TrainingError
 from dualvla.io import storage
+from dualvla.wire.teacher import SCHEMES
 from dualvla_cluster.connect import connect
 from dualvla_cluster.resources import reservation
 from dualvla_pipelines import trainer
 from dualvla_pipelines.record import METRICS
+from dualvla_pipelines.teacher_actors import teaching
 from dualvla_pipelines.trainer import TrainJob
 
 log = logging.getLogger(__name__)
@@ -33,18 +37,33 @@ log = logging.getLogger(__name__)
 _MAX_RESTARTS = 2
 _POLL_S = 0.25
 _REMOTE_POLL_S = 5.0
+_TAKEN = {"CPU": "num_cpus", "GPU": "num_gpus"}
 
 
-def run(job: TrainJob, workers: int, gpus: float | None = None) -> None:
+def run(job: TrainJob, workers: int, gpus: float | None = None, teacher_actors: int = 0) -> None:
     """Runs the loop to its end. A worker that dies costs the steps since the last resume state.
 
-    gpus: of each worker; None: one where the cluster has one for every worker, else none.
+    gpus: of each worker; None: one where the cluster has one for every worker, else none. teacher_actors: of each
+    teacher that is a checkpoint; 0: workers hold them.
 
-    Raises: what the loop raises on purpose; TrainingError for anything else.
+    Raises: what the loop raises on purpose; PlatformError if teachers cannot start; TrainingError for anything else.
     """
     connect()
     if gpus is None:
         gpus = 1.0 if ray.cluster_resources().get("GPU", 0.0) >= workers else 0.0
+    if not teacher_actors:
+        _survive(job, workers, gpus)
+        return
+    total, share = ray.cluster_resources(), _share(gpus)
+    free = {kind: max(0.0, total.get(kind, 0.0) - workers * share[name]) for kind, name in _TAKEN.items()}
+    folders = {domain: source for domain, source in job.teachers.items() if not source.startswith(SCHEMES)}
+    bf16 = job.config.zero.dtype == "bf16"
+    with teaching(folders, teacher_actors, bf16=bf16, cpus=free["CPU"], gpus=free["GPU"]) as names:
+        _survive(dataclasses.replace(job, teacher_actors=names), workers, gpus)
+
+
+def _survive(job: TrainJob, workers: int, gpus: float) -> None:
+    """Again after a crash."""
     for restarts_left in reversed(range(_MAX_RESTARTS + 1)):
         try:
             _fit_with_progress(job, workers, gpus)
@@ -136,8 +155,7 @@ class _RemoteLineCount:
 
 
 def _fit(job: TrainJob, workers: int, gpus: float) -> None:
-    # Fractional logical CPUs: with whole ones, as many workers as cores starve all else and hang without an error.
-    share = reservation("train", cpus=0.5, gpus=gpus)
+    share = _share(gpus)
     resources = {"CPU": share["num_cpus"], "GPU": share["num_gpus"], "memory": share.get("memory", 0.0)}
     resources = {name: amount for name, amount in resources.items() if amount}
     _Trainer(
@@ -156,6 +174,11 @@ def _fit(job: TrainJob, workers: int, gpus: float) -> None:
             logging_config=LoggingConfig(log_level="CRITICAL"),  # errors are raised, and shown once
         ),
     ).fit()
+
+
+def _share(gpus: float) -> dict[str, Any]:
+    # Fractional logical CPUs: with whole ones, as many workers as cores starve all else and hang without an error.
+    return reservation("train", cpus=0.5, gpus=gpus)
 
 
 def _ray_folder(job: TrainJob) -> str:

@@ -35,6 +35,7 @@ def train(
     action_teacher: str | None = None,
     reasoning_teacher: str | None = None,
     teacher_cache: str | None = None,
+    teacher_actors: int = 0,
     workers: int = 1,
     threads: int | None = None,
     gpus: float | None = None,
@@ -46,7 +47,8 @@ def train(
     """Trains one stage of a recipe into the checkpoint folder `out`; goes on where an earlier call was interrupted.
 
     workers: ZeRO shards, each a process with `threads` PyTorch threads (default: this machine's cores shared out) and
-    `gpus` GPUs (default: one where the cluster has one for each, else none).
+    `gpus` GPUs (default: one where the cluster has one for each, else none). teacher_actors: Ray actors of
+    each teacher that is a checkpoint, which all workers ask (0: every worker holds its own).
     stop_after: end after this step, resumable. track: trackers (`dualvla.io.tracking`) that get the figures too;
     default: TensorBoard's files in `out`/tensorboard; "none": no tracker.
     Raises: UsageError, DataError, CheckpointError, OutputError, PlatformError for what the user can mend; StorageError;
@@ -56,6 +58,10 @@ def train(
     config = chosen.stage(stage)
     config.micro_batches(workers)
     _check_inputs(stage, init, action_teacher, reasoning_teacher, teacher_cache)
+    if teacher_actors and (stage != "dual" or teacher_cache is not None):
+        raise UsageError(
+            "--teacher-actors without online teachers.", "leave it to stage 'dual', and out beside --teacher-cache"
+        )
     out = _absolute(out)
     trackers = tracker_settings(track, out)
     for setting in trackers:
@@ -94,7 +100,7 @@ def train(
         reasoning_teacher=everything.get("reasoning_teacher"),
         teacher_cache=given.get("teacher_cache"),
     )
-    launch.run(job, workers, gpus)
+    launch.run(job, workers, gpus, teacher_actors)
     if stop_after is not None and stop_after < config.steps:
         return {**result, "skipped": False, "finished": False, "last": _last_metrics(out)}
     storage.remove_tree(storage.join(out, "resume"))

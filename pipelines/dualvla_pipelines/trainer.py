@@ -18,9 +18,9 @@ import shutil
 import tempfile
 import time
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -33,7 +33,7 @@ from dualvla.distill.cache import TeacherCache, load_cache
 from dualvla.distill.facts import align_teacher
 from dualvla.distill.remote import RemoteTeacher
 from dualvla.distill.step import training_loss
-from dualvla.distill.teachers import ActionTeacher, Aligned, ReasoningTeacher, Teacher, Teachers
+from dualvla.distill.teachers import ActionTeacher, Aligned, Forward, ReasoningTeacher, Teacher, Teachers
 from dualvla.errors import CheckpointError, TrainingError
 from dualvla.io import storage
 from dualvla.models.checkpoint import load_config, load_model, save_checkpoint
@@ -66,8 +66,9 @@ class TrainJob:
 
     init: the checkpoint that training starts from. action_teacher, reasoning_teacher (None: init): of the dual stage,
     checkpoints or the addresses of served ones. teacher_cache: what both have said, read instead of asking them at
-    every step. stop_after: leave the run resumable after this step. threads: of PyTorch, a worker. trackers: settings
-    of `dualvla.io.tracking`.
+    every step. teacher_actors: domain -> names of the Ray actors that hold its teacher, for all workers to ask; a
+    teacher without any is held by every worker. stop_after: leave the run resumable after this step. threads: of
+    PyTorch, a worker. trackers: settings of `dualvla.io.tracking`.
     """
 
     stage: Stage
@@ -80,9 +81,18 @@ class TrainJob:
     action_teacher: str | None = None
     reasoning_teacher: str | None = None
     teacher_cache: str | None = None
+    teacher_actors: Mapping[Domain, Sequence[str]] = field(default_factory=dict)
     stop_after: int | None = None
     threads: int = 1
     trackers: tuple[str, ...] = ()
+
+    @property
+    def teachers(self) -> dict[Domain, str]:
+        """Of the dual stage: where those lie or are served that its losses ask."""
+        assert self.action_teacher is not None
+        assert self.init is not None
+        both: dict[Domain, str] = {"robot": self.action_teacher, "multimodal": self.reasoning_teacher or self.init}
+        return {domain: both[domain] for domain in self.config.taught}
 
     @property
     def last_step(self) -> int:
@@ -196,24 +206,32 @@ def load_teachers(job: TrainJob, device: torch.device) -> Teacher | None:
     assert job.init is not None
     config = load_config(job.init)
     student = Processor.load(job.init, config)
-    both: dict[Domain, str] = {"robot": job.action_teacher, "multimodal": job.reasoning_teacher or job.init}
-    sources = {domain: both[domain] for domain in job.config.taught}
-    temperature = job.config.losses.temperature
+    sources, temperature = job.teachers, job.config.losses.temperature
     if job.teacher_cache is not None:
         return load_cache(job.teacher_cache, teachers=sources, student=student, config=config, temperature=temperature)
-    found = {domain: _teacher(domain, source, student, temperature, device) for domain, source in sources.items()}
+    found = {domain: _teacher(job, domain, source, student, device) for domain, source in sources.items()}
     return Teachers(action=found.get("robot"), reasoning=found.get("multimodal"))
 
 
-def _teacher(domain: Domain, source: str, student: Processor, temperature: float, device: torch.device) -> Teacher:
+def _teacher(job: TrainJob, domain: Domain, source: str, student: Processor, device: torch.device) -> Teacher:
     """source: a checkpoint folder, or the address of one that is served elsewhere."""
     if source.startswith(wire.SCHEMES):
-        return RemoteTeacher(source, domain, student, temperature=temperature)
-    model, processor, config = load_model(source)
-    mapping = align_teacher(config, processor, student, source)
-    frozen = model.eval().requires_grad_(False).to(device)
-    asked = frozen if mapping is None else Aligned(frozen, mapping)
+        return RemoteTeacher(source, domain, student, temperature=job.config.losses.temperature)
+    config = load_config(source)
+    mapping = align_teacher(config, Processor.load(source, config), student, source)
+    model = _frozen(job, domain, source, device)
+    asked = model if mapping is None else Aligned(model, mapping)
     return ActionTeacher(asked) if domain == "robot" else ReasoningTeacher(asked)
+
+
+def _frozen(job: TrainJob, domain: Domain, source: str, device: torch.device) -> Forward:
+    """The teacher's model: in this process, or behind actors."""
+    if domain in job.teacher_actors:
+        from dualvla_pipelines.teacher_actors import ActorForward  # loads Ray
+
+        return ActorForward(job.teacher_actors[domain], first=dist.get_rank())
+    model, _, _ = load_model(source)
+    return model.eval().requires_grad_(False).to(device)
 
 
 def _collate(

@@ -1,18 +1,23 @@
 """The teacher cache on a real Ray cluster: made once, resumed, read by training, and refused where it is stale."""
 
 import json
+import os
 import shutil
+import signal
 import threading
 from pathlib import Path
 
 import pytest
+import ray
+import torch
 
 from dualvla import cli
 from dualvla.distill.cache import CacheSettings
 from dualvla.distill.teacher_server import TeacherService, serving
-from dualvla.errors import CheckpointError, DataError, OutputError, UsageError
+from dualvla.distill.teachers import Teachers
+from dualvla.errors import CheckpointError, DataError, OutputError, ServerError, UsageError
 from dualvla.io import manifest
-from dualvla.models.checkpoint import save_checkpoint
+from dualvla.models.checkpoint import load_model, save_checkpoint
 from dualvla.models.processing import Processor
 from dualvla.models.stages import prepare
 from dualvla.models.vla import VLA
@@ -21,6 +26,7 @@ from dualvla_pipelines import teach as pipeline
 from dualvla_pipelines.recipes import get_recipe
 from dualvla_pipelines.samples import TrainRows
 from dualvla_pipelines.teach import teach
+from dualvla_pipelines.teacher_actors import ActorForward, teaching
 from dualvla_pipelines.train import train
 
 SETTINGS = ["model.image_size=16", "dual.batch_size=8", "dual.multimodal_fraction=0.25", "dual.zero.dtype=fp32"]
@@ -150,6 +156,59 @@ def test_the_dual_stage_learns_from_teachers_that_are_served_elsewhere(school, t
     inputs = manifest.require(str(tmp_path / "far"), "checkpoint")["inputs"]
     for name, folder in (("action_teacher", "specialist"), ("reasoning_teacher", "reasoning")):
         assert inputs[name] == manifest.input_digests({"": str(school / folder)})[""]  # known by its files
+
+
+@pytest.mark.slow
+def test_teachers_behind_actors_answer_as_those_in_process_whoever_dies(school, ray_cluster):
+    """Killed between two asks and in the middle of one, restarted, gone for good one after the other."""
+    rows = TrainRows.load(str(school / "data"))
+    model, processor, config = load_model(str(school / "reasoning"))
+    samples = [rows.sample(d, i, config.horizon, True) for d in ("robot", "multimodal") for i in range(4)]
+    batch = processor.collate(samples, seed=0, step=0)
+    expected = Teachers.in_process(model, model).targets(batch)
+    folders = {d: str(school / "reasoning") for d in ("robot", "multimodal")}
+    with teaching(folders, 2, bf16=False, cpus=2.0, gpus=0.0) as names:
+        assert all(len(found) == 2 for found in names.values())
+        action, reasoning = (ActorForward(names[d]) for d in ("robot", "multimodal"))
+        teachers = Teachers.in_process(action, reasoning)
+
+        def same():
+            found = teachers.targets(batch)
+            assert found.keys() == expected.keys()
+            for name, tensor in expected.items():
+                torch.testing.assert_close(found[name], tensor, atol=1e-5, rtol=1e-4)
+
+        same()
+        first = ray.get_actor(names["multimodal"][0])
+        pid = ray.get(first.pid.remote())
+        asked = threading.Timer(0.05, os.kill, (pid, signal.SIGKILL))
+        asked.start()
+        for _ in range(4):
+            same()
+        asked.join()
+        assert ray.get(first.pid.remote()) != pid  # Ray has started it again
+        ray.kill(first)
+        for _ in range(3):
+            same()
+        ray.kill(ray.get_actor(names["multimodal"][1]))
+        with pytest.raises(ServerError, match="All actors of a teacher died"):
+            teachers.targets(batch)
+
+
+@pytest.mark.slow
+def test_training_with_teacher_actors_logs_the_losses_of_training_without(school, tmp_path, ray_cluster):
+    for number in (0, 1):
+        run_dual(school, tmp_path / str(number), None, teacher_actors=number)
+    alone, asked = (
+        [json.loads(line) for line in (tmp_path / name / "metrics.jsonl").read_text().splitlines()] for name in "01"
+    )
+    assert alone[-1]["kd_token"] > 0
+    for one, other in zip(alone, asked, strict=True):
+        for term in ("loss", "kd_flow", "kd_token", "grad_norm"):
+            assert other[term] == pytest.approx(one[term], rel=1e-4, abs=1e-5)
+    assert not [actor for actor in ray.util.list_named_actors() if actor.startswith("dualvla-teacher")]
+    with pytest.raises(UsageError, match="without online teachers"):
+        run_dual(school, tmp_path / "cached", "cache", teacher_actors=1)
 
 
 @pytest.mark.slow

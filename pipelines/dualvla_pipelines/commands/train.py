@@ -25,6 +25,10 @@ def _configure(parser: argparse.ArgumentParser) -> None:
         "--reasoning-teacher", metavar="C | ws://...", help="the same of the reasoning teacher (default: --init) (dual)"
     )
     parser.add_argument("--teacher-cache", metavar="DIR", help="what `dualvla teach` has made of both teachers (dual)")
+    parser.add_argument(
+        "--teacher-actors", type=int, default=0, metavar="N",
+        help="hold teachers in N Ray actors each, which all workers ask, not in every worker (dual)",
+    )  # fmt: skip
     parser.add_argument("--workers", type=int, default=1, help="ZeRO-3 shards; changes losses by rounding only")
     parser.add_argument(
         "--threads", type=int, help="PyTorch threads a worker (default: the machine's cores shared out)"
@@ -51,6 +55,8 @@ def _run(arguments: argparse.Namespace) -> dict[str, Any]:
     apply_profile(arguments, "train")
     if arguments.workers < 1:
         raise UsageError(f"--workers {arguments.workers} is not a number of workers.", "pass 1 or more")
+    if arguments.teacher_actors < 0:
+        raise UsageError(f"--teacher-actors {arguments.teacher_actors} is not a number of actors.", "pass 0 or more")
     from dualvla_pipelines.train import train
 
     return train(
@@ -62,6 +68,7 @@ def _run(arguments: argparse.Namespace) -> dict[str, Any]:
         action_teacher=arguments.action_teacher,
         reasoning_teacher=arguments.reasoning_teacher,
         teacher_cache=arguments.teacher_cache,
+        teacher_actors=arguments.teacher_actors,
         workers=arguments.workers,
         threads=arguments.threads,
         gpus=arguments.gpus,
