@@ -52,7 +52,8 @@ def test_what_a_job_counts_is_scraped_and_is_all_that_is_asked_for(tmp_path: Pat
         sent = dualvla(head, *argv, "--python", str(python), "--", "report", "x")
         assert sent.returncode == 0, sent.stderr
         job = json.loads(sent.stdout)["id"]
-        last = {("ray_dualvla_stage_total", "retries"), ("ray_dualvla_stage_remaining", None), ("ray_node_mem_used", None)}
+        last = {(f"ray_dualvla_stage_{name}", figure) for name, figure in (("total", "retries"), ("remaining", None))}
+        last |= {("ray_node_mem_used", None)}
         deadline, samples = time.monotonic() + 120, {}
         while not last <= samples.keys():
             assert time.monotonic() < deadline, sorted(samples, key=str)
