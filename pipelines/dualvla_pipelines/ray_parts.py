@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import logging
 import math
+import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -16,10 +17,13 @@ from typing import Any
 
 from dualvla import errors
 
+log = logging.getLogger(__name__)
+
 # Actors that hold every CPU starve Ray Data's own tasks, and it waits for ever without an error.
 _CPUS_PER_WORKER = 0.5
 # Ray Data takes about 10 ms of the driver for a task, beside workers that hold every core: parts go in small groups.
 _TASKS_PER_WORKER, _MOST_PARTS_A_TASK = 32, 8
+_UNTIL_DEAD_S = 60.0  # Ray's head asks each node every few seconds, and gives it up after some silence
 _RETRIES = 2  # of a part whose worker died, before the job stops: a part that kills every worker must not loop for ever
 
 
@@ -75,12 +79,35 @@ def run(
     """
     import ray
 
-    from dualvla_cluster import resources
     from dualvla_cluster.connect import connect
 
     connect()
     ray.data.DataContext.get_current().enable_progress_bars = False  # ours counts parts
     logging.getLogger("ray.data").setLevel(logging.ERROR)  # it announces every plan, and that its bars are off
+    left = dict.fromkeys(names)
+    while left:
+        nodes = _alive()
+        try:
+            for name, result in _once(stage, start, list(left), workers, learned):
+                del left[name]
+                yield name, result
+        except ray.exceptions.RayActorError as error:
+            # Ray Data spends the retries of a part within seconds, long before a lost node counts as dead.
+            if not _lost_one_of(nodes, isinstance(error, ray.exceptions.ActorUnavailableError)):
+                raise errors.PlatformError(
+                    f"A worker died {_RETRIES + 1} times on the same part: {str(error).splitlines()[0]}",
+                    "give it more memory (fewer --workers), then run the same command again: it resumes",
+                ) from error
+            log.warning("a node is gone; the %d parts that are left are run by the others", len(left))
+
+
+def _once(
+    stage: str, start: Callable[[str], Callable[[str], Any]], names: Sequence[str], workers: Workers, learned: bool
+) -> Iterator[tuple[str, Any]]:
+    import ray
+
+    from dualvla_cluster import resources
+
     cluster = ray.cluster_resources()
     count, shares = workers.plan(len(names), cluster["CPU"], cluster.get("GPU", 0.0), learned)
     tasks = max(math.ceil(len(names) / _MOST_PARTS_A_TASK), min(len(names), count * _TASKS_PER_WORKER))
@@ -95,14 +122,25 @@ def run(
             max_task_retries=_RETRIES,
             **options,
         )
-    try:
-        for row in parts.iter_rows():
-            if row["error"]:
-                kind, *arguments = json.loads(row["error"])
-                raise getattr(errors, kind)(*arguments)
-            yield row["name"], json.loads(row["result"])
-    except ray.exceptions.RayActorError as error:
-        raise errors.PlatformError(
-            f"A worker died {_RETRIES + 1} times on the same part: {str(error).splitlines()[0]}",
-            "give it more memory (fewer --workers), then run the same command again: it resumes",
-        ) from error
+    for row in parts.iter_rows():
+        if row["error"]:
+            kind, *arguments = json.loads(row["error"])
+            raise getattr(errors, kind)(*arguments)
+        yield row["name"], json.loads(row["result"])
+
+
+def _alive() -> set[str]:
+    import ray
+
+    return {node["NodeID"] for node in ray.nodes() if node["Alive"]}
+
+
+def _lost_one_of(nodes: set[str], unavailable: bool) -> bool:
+    """unavailable: nothing is known but that an actor does not answer; its node, if there are others, has until the
+    deadline to be found dead."""
+    deadline = time.monotonic() + (_UNTIL_DEAD_S if unavailable and len(nodes) > 1 else 0.0)
+    while nodes <= _alive():
+        if time.monotonic() >= deadline:
+            return False
+        time.sleep(0.5)
+    return True
