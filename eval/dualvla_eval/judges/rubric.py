@@ -48,6 +48,7 @@ _PHASE = {
     "place": 5,
     "release": 6,
 }
+_DRAWER_REACH_M = 0.3  # from the centre of its front to above its inside
 _DRAWER_M = 0.15  # from where an open or a close task begins to where it ends
 _AXES = {
     "forward": (1, 0, 0),
@@ -230,7 +231,8 @@ def _drops(e: _Evidence) -> list[int]:
             continue
         last = e.states[min(t + 3, len(e.states) - 1)].object(now.target)
         fallen = now.object(now.target).lifted_m - last.lifted_m
-        over_place = now.reference is not None and _to_reference(now) < 2 * last.size[0]
+        reach = _DRAWER_REACH_M if _drawer(now) is not None else 2 * last.size[0]
+        over_place = now.reference is not None and _to_reference(now) < reach
         if fallen > _FALL_M and not over_place:
             found.append(t)
     return found
@@ -241,7 +243,10 @@ def _collisions(e: _Evidence) -> list[str]:
     first, last = e.states[0], e.states[-1]
     found = []
     pressed = (first.reference,) if first.task in WIDOWX_TASKS else ("table", first.reference)
+    drawer = _drawer(first)
     for name in pressed:  # the WidowX's fingers reach the table wherever it takes something flat
+        if drawer is not None and name == drawer.name:  # is there to be pulled
+            continue
         hits = [name is not None and "robot" in s.touching(name) for s in e.states]
         starts = [t for t, hit in enumerate(hits) if hit and not (t and hits[t - 1])]
         found += [f"the arm hit the {name} at step {t}" for t in starts]
