@@ -20,7 +20,10 @@ _drained: set[str] = set()  # by this process: each is told once
 
 
 def drain(dashboard: str) -> None:
-    """Of the connected cluster. dashboard: HOST:PORT; where none answers, all nodes stay."""
+    """Of the connected cluster. dashboard: HOST:PORT; where none answers, all nodes stay. The head is never drained.
+
+    Raises: PlatformError if no node with CPUs is left.
+    """
     try:
         free = Jobs(f"http://{dashboard}").free_disk_bytes()
     except PlatformError as error:
@@ -29,6 +32,12 @@ def drain(dashboard: str) -> None:
     full = {node: left for node, left in free.items() if left < _LEAST_FREE_BYTES and node not in _drained}
     if not full:
         return
+    working = {node["NodeID"] for node in ray.nodes() if node["Alive"] and node["Resources"].get("CPU", 0.0) > 0}
+    if working <= full.keys() | _drained:
+        raise PlatformError(
+            f"The disk of every node with CPUs is full: {', '.join(sorted(node[:8] for node in working))}.",
+            "`dualvla runs clean` frees some, as does a smaller DUALVLA_CACHE_GB",
+        )
     from ray._raylet import GcsClient
     from ray.core.generated.autoscaler_pb2 import DrainNodeReason
 
