@@ -14,6 +14,7 @@ from typing import Any, Literal
 
 import numpy as np
 
+from dualvla.config import override
 from dualvla.errors import CheckpointError, UsageError, did_you_mean
 from dualvla.io import manifest, storage
 from dualvla.policy import Policy
@@ -38,11 +39,12 @@ _REMOTE = ("ws://", "wss://", _SERVE_APP)
 @dataclass(frozen=True)
 class PolicyRef:
     """A policy of a sweep. name: for the results. source: a built-in name, a checkpoint folder, a ws:// URL or
-    "serve:APP", a Ray Serve app of the joined cluster."""
+    "serve:APP", a Ray Serve app of the joined cluster. options: of a checkpoint, "key=value" of `PolicyOptions`."""
 
     name: str
     source: str
     ablation: Ablation = "none"
+    options: tuple[str, ...] = ()
 
     @property
     def built_in(self) -> bool:
@@ -69,10 +71,18 @@ class PolicyRef:
 
 
 def parse_policy(text: str, ablation: Ablation = "none") -> PolicyRef:
-    """`[name=]source` as on the command line. Raises: UsageError for a name that cannot be part of a file name."""
+    """`[name=]source[?key=value&...]` as on the command line.
+
+    Raises: UsageError for a name that cannot be part of a file name, and for an option that does not exist.
+    """
     name, sign, source = text.partition("=")
     if not sign or not _NAME.fullmatch(name):
-        source = text
+        name, source = "", text
+    options: tuple[str, ...] = ()
+    if not source.startswith(_REMOTE):  # an endpoint's URL has options of its own
+        source, _, query = source.partition("?")
+        options = tuple(sorted(query.split("&"))) if query else ()
+    if not name:
         name = re.sub(r"[^A-Za-z0-9._+-]+", "-", source.removeprefix("ws://").removeprefix("wss://"))
         if source not in BUILT_IN and not source.startswith(_REMOTE):
             name = source.rstrip("/").rsplit("/", 1)[-1]
@@ -82,14 +92,34 @@ def parse_policy(text: str, ablation: Ablation = "none") -> PolicyRef:
         )
     if ablation != "none":
         name = f"{name}+{ablation}"
-    return PolicyRef(name, source, ablation)
+    ref = PolicyRef(name, source, ablation, options)
+    if options:
+        if ref.built_in:
+            raise UsageError(f"'{source}' takes no options.", f"leave out ?{'&'.join(options)}")
+        policy_options(options)
+    return ref
+
+
+def policy_options(options: Sequence[str], reasoning: str = "auto") -> Any:
+    """The `PolicyOptions` of a checkpoint, on this process's GPU if it has one. Raises: UsageError."""
+    import torch
+
+    from dualvla.vla_policy import PolicyOptions
+
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    return override(PolicyOptions(reasoning=reasoning, device=device), options)
 
 
 def digest(ref: PolicyRef) -> str:
-    """What identifies the policy's content: weights and config of a checkpoint, the URL of an endpoint.
+    """What identifies what the policy does: weights, config and options of a checkpoint, the URL of an endpoint.
 
     Raises: UsageError for a word that names neither; CheckpointError for a folder that holds no checkpoint.
     """
+    content = _content(ref)
+    return manifest.digest([content, *ref.options]) if ref.options else content
+
+
+def _content(ref: PolicyRef) -> str:
     if ref.built_in or ref.remote:
         return ref.source
     folder = ref.source
@@ -132,20 +162,17 @@ def _load(ref: PolicyRef, suite: Suite, reasoning: str, seed: int) -> Policy:
         from dualvla.client import RemotePolicy
 
         return RemotePolicy(ref.source)
-    return load_checkpoint(ref.source, reasoning)
+    return load_checkpoint(ref.source, reasoning, ref.options)
 
 
-def load_checkpoint(folder: str, reasoning: str = "auto") -> Any:
+def load_checkpoint(folder: str, reasoning: str = "auto", options: Sequence[str] = ()) -> Any:
     """The `VLAPolicy` of a checkpoint folder, on this process's GPU if it has one.
 
-    reasoning: "auto", "never" or "every:K" (K control steps).
+    reasoning: "auto", "never" or "every:K" (K control steps). options: "key=value" of `PolicyOptions`.
     """
-    import torch
+    from dualvla.vla_policy import VLAPolicy
 
-    from dualvla.vla_policy import PolicyOptions, VLAPolicy
-
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    return VLAPolicy.from_pretrained(folder, options=PolicyOptions(reasoning=reasoning, device=device))
+    return VLAPolicy.from_pretrained(folder, options=policy_options(options, reasoning))
 
 
 def _check_fits(ref: PolicyRef, spec: PolicySpec, suite: Suite) -> None:

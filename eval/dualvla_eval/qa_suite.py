@@ -179,6 +179,8 @@ def _check(refs: Sequence[PolicyRef], asked: Sequence[BenchmarkRef]) -> None:
             raise UsageError(
                 f"{what} cannot answer questions.", "pass checkpoint folders, ablation none or blank-images"
             )
+        if ref.options:
+            raise UsageError(f"The options of '{ref.name}' are for acting.", "ask the checkpoint without ?key=value")
     for name, count in Counter(b.name for b in asked).items():
         if count > 1 or name in (ALL, MM):
             why = f"{count} benchmarks are called '{name}'" if count > 1 else f"A benchmark cannot be called '{name}'"

@@ -62,6 +62,7 @@ def _policy(ref: PolicyRef, suite: Suite, rows: Sequence[Row], counted: Sequence
     found = {
         "source": "built-in" if ref.built_in else "endpoint" if ref.remote else "checkpoint",
         "ablation": ref.ablation,
+        "options": list(ref.options),
         "control": ref.control,
         "kind": kinds.pop() if kinds else "unknown",
         "tasks": _rates(counted, "task", _solved),

@@ -4,6 +4,7 @@ from dataclasses import replace
 
 import pytest
 from eval_fakes import NAMES, FakeEnv, FakePolicy, fake_suite
+from serve.checkpoints import write_checkpoint
 
 from dualvla.errors import CheckpointError, UsageError
 from dualvla_eval import policies
@@ -32,6 +33,26 @@ def roll(policy, episodes=EPISODES):
 )
 def test_names_and_sources(text, name, source):
     assert parse_policy(text) == PolicyRef(name, source)
+
+
+def test_a_checkpoint_is_asked_as_its_options_say_and_counts_as_another_policy(tmp_path):
+    folder = write_checkpoint(str(tmp_path / "dual"))
+    plain, other = parse_policy(folder), parse_policy(f"other={folder}?think_first=false&latent_reuse=4")
+    assert (other.name, other.source) == ("other", folder)
+    assert parse_policy(f"{folder}?latent_reuse=4&think_first=false").name == "dual"
+    assert policies.digest(plain) != policies.digest(other)
+    options = policies.load_checkpoint(other.source, "never", other.options).options
+    assert (options.latent_reuse, options.think_first, options.reasoning) == (4, False, "never")
+    assert parse_policy("ws://robot:8000/?latent_reuse=4").options == ()
+
+
+@pytest.mark.parametrize(
+    ("text", "told"),
+    [("a/dual?latent_resue=4", "latent_reuse"), ("a/dual?latent_reuse=0", "1 "), ("expert?ensemble=2", "no options")],
+)
+def test_an_option_that_cannot_be_is_refused_before_anything_runs(text, told):
+    with pytest.raises(UsageError, match=told):
+        parse_policy(text)
 
 
 def test_an_ablation_is_part_of_the_name_and_makes_a_control():

@@ -21,9 +21,10 @@ def _configure(parser: argparse.ArgumentParser) -> None:
         "--policy",
         action="append",
         required=True,
-        metavar="[NAME=]SOURCE",
+        metavar="[NAME=]SOURCE[?KEY=VALUE&...]",
         help="a checkpoint folder, expert, random, expert-random-object, ws://host:port or serve:APP; may be given "
-        "several times. NAME is what the results call it (default: the folder's name)",
+        "several times. NAME is what the results call it (default: the folder's name). KEY=VALUE: how a checkpoint is "
+        "asked, such as latent_reuse=4 (docs/models.md)",
     )
     parser.add_argument(
         "--suite",
