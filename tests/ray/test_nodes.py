@@ -363,6 +363,11 @@ def observations(clean: Clean) -> list[Observation]:
     ]
 
 
+def replicas(cluster: Nodes) -> int:
+    titles = [title for node in cluster.nodes if node.process.poll() is None for title in node.works_at()]
+    return sum(title.startswith("ray::ServeReplica") for title in titles)
+
+
 def test_a_node_lost_in_serve_costs_robots_a_pause_and_no_answer(
     clean: Clean, cluster: Nodes, store: Store, tmp_path: Path
 ) -> None:
@@ -389,7 +394,7 @@ def test_a_node_lost_in_serve_costs_robots_a_pause_and_no_answer(
                 while (answer := ask(observation)) is None:
                     assert time.monotonic() < deadline
                 np.testing.assert_array_equal(answer, expected)
-            added = cluster.add()
-            run.wait_until(lambda: any(title.startswith("ray::ServeReplica") for title in added.works_at()))
+            cluster.add()
+            run.wait_until(lambda: replicas(cluster) == 2)  # the second on either node
     finally:
         run.kill()
