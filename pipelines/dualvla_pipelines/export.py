@@ -236,7 +236,7 @@ class PartExport:
         if storage.exists(self.record(job.file)):
             return
         tables, rows = [], []
-        videos = {name: _Video(self.shape, size, self.config.crf) for name, size in self.shape.sizes.items()}
+        videos = {name: Video(self.shape.hz, size, self.config.crf) for name, size in self.shape.sizes.items()}
         moved, frame = 0, job.first_frame
         for number, steps in enumerate(_episodes(dataset.read_table(job.url))):
             self._check(steps)
@@ -370,15 +370,17 @@ def _pixel_format(height: int, width: int) -> str:
     return "yuv420p" if height % 2 == 0 and width % 2 == 0 else "yuv444p"
 
 
-class _Video:
+class Video:
     """One mp4 in memory. Equal frames give equal bytes: one thread, no times or versions inside."""
 
-    def __init__(self, shape: Shape, size: tuple[int, int], crf: int):
-        self._hz, self._frames = shape.hz, 0
+    def __init__(self, hz: float, size: tuple[int, int], crf: int):
+        self._hz, self._frames = hz, 0
         self._sink = io.BytesIO()
         self._container = av.open(self._sink, "w", format="mp4", options={"fflags": "+bitexact"})
-        rate = Fraction(shape.hz).limit_denominator(1001)
-        options = {"crf": str(crf), "g": str(_KEYFRAME_EVERY), "bf": "0", "threads": "1"}
+        rate = Fraction(hz).limit_denominator(1001)
+        # without x264's macroblock tree: it reads memory nobody wrote, so equal pictures now and then gave other bytes;
+        # with a keyframe at every second frame it has next to nothing to look ahead to
+        options = {"crf": str(crf), "g": str(_KEYFRAME_EVERY), "bf": "0", "threads": "1", "mbtree": "0"}
         self._stream: Any = self._container.add_stream("libx264", rate=rate, options=options)
         self._stream.height, self._stream.width = size
         self._stream.pix_fmt = _pixel_format(*size)
