@@ -1,17 +1,18 @@
 """What distillation, the data path and padding cost a training step, each beside its baseline in the same run.
 
-    python benchmarks/training.py [--only distill,path,padding] [--steps 40] [--out FILE]
+    python benchmarks/training.py [--only distill,path,padding] [--steps 120] [--out FILE]
 
 distill  a whole step of stage dual (data, teachers, both passes, optimiser, averages) with a teacher cache and with
          online teachers of the student's size, against one without distillation; three engines in one process take
          turns on the same batches
 path     a step of `dualvla train` on Ray Train, from parquet to metrics.jsonl and TensorBoard, against a bare DeepSpeed
-         loop in a process of its own over the same batches as tensors in memory; they take turns of half the steps.
-         Both compute with one thread; training makes its next batch in another, which needs a core to be free
+         loop in a process of its own over the same batches as tensors in memory; they take four turns.
+         Both compute with one thread
 padding  share of padded positions and positions a sample with and without length-bucketed batches (counted, not timed)
 
 The models are recipe tiny's (or --recipe), the data synthetic with texts of its lengths. Times are medians over steps
-after a warm-up; "cpu" counts the processor time of the process, which other work on the machine hardly changes.
+after a warm-up; ratios of engines that take turns are medians of the ratios of one step's times. "cpu" counts the
+processor time of the process, which other work on the machine hardly changes.
 """
 
 from __future__ import annotations
@@ -51,6 +52,7 @@ RESULTS = Path(__file__).parent / "results" / "training.json"
 EPISODES, STEPS, QUESTIONS, SIZE = 40, 30, 300, 64
 KEEP = 0.25  # share of frames that keep their reasoning, about what pruning leaves
 WARM_UP = 5
+_TURNS = 4
 _COLOURS = ("red", "green", "blue", "yellow", "orange", "purple")
 _THINGS = ("cube", "ball", "cylinder", "cone")
 
@@ -109,13 +111,13 @@ def distill(data: str, folder: Path, recipe: str, steps: int) -> dict[str, Any]:
         "online": _dual(data, folder, recipe, []),
     }
     runners = {name: Runner(job) for name, job in jobs.items()}
-    batches = {name: trainer._ahead(runner.batch, 0, WARM_UP + steps) for name, runner in runners.items()}
     wall: dict[str, list[float]] = {name: [] for name in jobs}
     cpu: dict[str, list[float]] = {name: [] for name in jobs}
+    names = list(jobs)
     for step in range(WARM_UP + steps):
-        for name in sorted(runners, key=lambda n: (hash((n, step)), n)) if step % 2 else runners:
+        for name in [*names[step % 3 :], *names[: step % 3]]:
             started, spent = time.perf_counter(), time.process_time()
-            runners[name].step(*next(batches[name]))
+            runners[name].step(step, runners[name].batch(step))
             if step >= WARM_UP:
                 wall[name].append(time.perf_counter() - started)
                 cpu[name].append(time.process_time() - spent)
@@ -127,9 +129,10 @@ def distill(data: str, folder: Path, recipe: str, steps: int) -> dict[str, Any]:
 
 
 def _ratios(wall: list[float], base_wall: list[float], cpu: list[float], base_cpu: list[float]) -> dict[str, float]:
+    """Medians over steps of the ratio of one step's times: a machine's speed drifts by more than is measured here."""
+    pairs = {"wall": (wall, base_wall), "cpu": (cpu, base_cpu)}
     return {
-        "wall": round(statistics.median(wall) / statistics.median(base_wall), 3),
-        "cpu": round(statistics.median(cpu) / statistics.median(base_cpu), 3),
+        name: round(statistics.median(a / b for a, b in zip(*pair, strict=True)), 3) for name, pair in pairs.items()
     }
 
 
@@ -177,15 +180,15 @@ STAGE: Stage = "specialist"  # of part path: the stage that trains most and has 
 
 def path(data: str, folder: Path, recipe: str, steps: int) -> dict[str, Any]:
     """Turns: Ray, bare, Ray, bare. A turn of Ray goes on from the resume state of the one before."""
-    half, found = steps // 2 + WARM_UP, {"ray": [], "bare": []}
-    for turn in range(2):
-        settings = [f"{STAGE}.steps={2 * half}", f"{STAGE}.checkpoint_every=1000"]
+    length, found = steps // _TURNS + WARM_UP, {"ray": [], "bare": []}
+    for turn in range(_TURNS):
+        settings = [f"{STAGE}.steps={_TURNS * length}", f"{STAGE}.checkpoint_every=1000"]
         out = folder / "ray"
-        train(STAGE, recipe, data, str(out), assignments=settings, threads=1, stop_after=half * (turn + 1))
+        train(STAGE, recipe, data, str(out), assignments=settings, threads=1, stop_after=length * (turn + 1))
         lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
         batch_size = get_recipe(recipe).stage(STAGE).batch_size
-        found["ray"] += [batch_size / line["samples_per_s"] for line in lines[half * turn + WARM_UP :]]
-        command = [sys.executable, __file__, "--bare", data, "--recipe", recipe, "--steps", str(half)]
+        found["ray"] += [batch_size / line["samples_per_s"] for line in lines[length * turn + WARM_UP :]]
+        command = [sys.executable, __file__, "--bare", data, "--recipe", recipe, "--steps", str(length)]
         ended = subprocess.run(command, check=True, capture_output=True, text=True)
         found["bare"] += json.loads(ended.stdout.splitlines()[-1])[WARM_UP:]
     ray, bare = (statistics.median(found[name]) for name in ("ray", "bare"))
@@ -241,7 +244,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--only", default="distill,path,padding")
     parser.add_argument("--recipe", default="tiny")
-    parser.add_argument("--steps", type=int, default=40)
+    parser.add_argument("--steps", type=int, default=120)
     parser.add_argument("--out", default=str(RESULTS))
     parser.add_argument("--bare", help=argparse.SUPPRESS)
     arguments = parser.parse_args()

@@ -59,8 +59,9 @@ def token_kd(
 
     Logits [B, T, V], mask [B, T]. A scalar in the student's dtype; 0 for an empty mask.
     """
-    apart_BT = divergence(student_logits, teacher_logits, temperature, kind, mix)
-    return (temperature**2 * masked_mean(apart_BT, mask, count)).to(student_logits.dtype)
+    mask = mask.to(torch.bool)  # only unmasked tokens [n, V] are softened: of a batch they are few
+    apart_n = divergence(student_logits[mask], teacher_logits[mask], temperature, kind, mix)
+    return (temperature**2 * masked_mean(apart_n, mask[mask], count)).to(student_logits.dtype)
 
 
 def flow_mse(velocity: Tensor, target: Tensor, mask: Tensor, count: Tensor | None = None) -> Tensor:

@@ -33,7 +33,7 @@ from dualvla.models.config import Divergence
 _BLOCK = 1 << 16
 _STEPS = 8.0  # codes a nat, of draws
 _LEAST = 1e-12  # a probability of 0 would make a divergence infinite
-_MOST_APART = 20.0  # nats; masked positions must not overflow either
+_MOST_APART = 20.0  # nats; beyond it a ratio would overflow
 MAX_K = 255
 
 
@@ -99,16 +99,18 @@ def known_kd(
     Without draws less than the divergence over all tokens, by that within the tail, times its mass; with draws the same
     in expectation over them.
     """
-    scaled = wide(student_logits) / temperature
+    mask = mask.to(torch.bool)
+    scaled = wide(student_logits[mask]) / temperature
+    teacher = Known(*(field[mask] for field in teacher.targets().values()))
     known = scaled.gather(-1, teacher.ids)
     others = _others(scaled, teacher.ids)
     outcomes = torch.cat([known, others.unsqueeze(-1)], dim=-1)
     p = teacher.p.clamp_min(_LEAST)
-    apart_BT = divergence(outcomes, p.log(), 1.0, kind, mix)
+    apart_n = divergence(outcomes, p.log(), 1.0, kind, mix)
     if teacher.drawn.shape[-1]:
         log_ratio = scaled.gather(-1, teacher.drawn) - others.unsqueeze(-1) - teacher.log_p
-        apart_BT = apart_BT + _within_tail(log_ratio, outcomes.log_softmax(dim=-1), p / p.sum(-1, True), kind, mix)
-    return (temperature**2 * masked_mean(apart_BT, mask, count)).to(student_logits.dtype)
+        apart_n = apart_n + _within_tail(log_ratio, outcomes.log_softmax(dim=-1), p / p.sum(-1, True), kind, mix)
+    return (temperature**2 * masked_mean(apart_n, mask[mask], count)).to(student_logits.dtype)
 
 
 def _within_tail(log_ratio: Tensor, log_q: Tensor, p: Tensor, kind: Divergence, mix: float) -> Tensor:

@@ -10,9 +10,10 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from dualvla.errors import UsageError
+from dualvla.errors import DataError, UsageError
 from dualvla_pipelines import resume
 from dualvla_pipelines.recipes import TrainConfig
+from dualvla_pipelines.trainer import _batches
 from dualvla_pipelines.zero import learning_rate
 
 SHARDED = {0: "none", 1: "cpu", 2: "cpu", 3: "cpu"}  # ZeRO stage -> where optimiser state rests
@@ -111,6 +112,21 @@ def test_buckets_resume_to_the_bit(data, straight, tmp_path):
     assert loop.train(*jobs, six_steps(data, tmp_path / "resumed", bucketed)) == [0]
     assert loop.same_weights(tmp_path / "resumed", tmp_path / "one")
     assert loop.lines(tmp_path / "one") != loop.lines(straight)
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda"])  # beside an accelerator batches are made in a thread
+def test_batches_come_in_order_until_one_cannot_be_made(device):
+    def make(step):
+        if step == 7:
+            raise DataError("Step 7 has no image.", "give it one")
+        return 10 * step
+
+    batches = _batches(make, 4, 9, torch.device(device))
+    assert [next(batches) for _ in range(3)] == [(4, 40), (5, 50), (6, 60)]
+    with pytest.raises(DataError, match="Step 7"):
+        next(batches)
+    assert list(_batches(make, 0, 3, torch.device(device))) == [(0, 0), (1, 10), (2, 20)]
+    assert list(_batches(make, 3, 3, torch.device(device))) == []
 
 
 def test_the_rate_warms_up_and_then_stays_or_falls_to_a_tenth():
