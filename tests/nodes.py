@@ -22,6 +22,7 @@ import urllib.request
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import psutil
 from ray_head import TOKEN, Head, free_ports
@@ -86,6 +87,11 @@ class Node:
             ended.set()
             thread.join()
 
+    @property
+    def started(self) -> bool:
+        """Whether `ray start` has written all that it needs: with --block it then says that it waits."""
+        return b"will now block" in self.log.read_bytes()
+
     def fill_disk(self) -> None:
         """To the last byte: its /tmp must be a small disk of its own."""
         with contextlib.suppress(OSError), open(f"/proc/{self.process.pid}/root/tmp/filler", "wb", buffering=0) as file:
@@ -146,7 +152,7 @@ class Nodes:
     def _joined(self, node: Node, ready: Callable[[], bool]) -> bool:
         """False if the node ended first."""
         deadline = time.monotonic() + _START_S
-        while not ready():
+        while not (ready() and node.started):
             if node.process.poll() is not None:
                 return False
             assert time.monotonic() < deadline, node.log.read_text()
@@ -163,15 +169,23 @@ def _keep_code(folder: Path) -> str:
 
 def alive(head: Head) -> int:
     """Nodes that the head takes for alive; 0 while it does not answer."""
-    request = urllib.request.Request(
-        f"{head.address}/api/v0/nodes?limit=100", headers={"Authorization": f"Bearer {TOKEN}"}
-    )
     try:
-        with urllib.request.urlopen(request, timeout=10) as answer:
-            found = json.load(answer)["data"]["result"]["result"]
+        found = _ask(head, "/api/v0/nodes?limit=100")["result"]["result"]
     except (urllib.error.URLError, OSError, TypeError, KeyError):
         return 0
     return sum(node["state"] == "ALIVE" for node in found)
+
+
+def free_disks(head: Head) -> list[float]:
+    """Bytes left on the disk of each living node that has told the head: they do so now and then."""
+    nodes = [node for node in _ask(head, "/nodes?view=summary")["summary"] if node["raylet"]["state"] == "ALIVE"]
+    return [disk["free"] for node in nodes for path, disk in (node.get("disk") or {}).items() if path != "/"]
+
+
+def _ask(head: Head, path: str) -> Any:
+    request = urllib.request.Request(f"{head.address}{path}", headers={"Authorization": f"Bearer {TOKEN}"})
+    with urllib.request.urlopen(request, timeout=10) as answer:
+        return json.load(answer)["data"]
 
 
 @contextlib.contextmanager

@@ -248,10 +248,20 @@ def nothing(cluster: Nodes) -> Iterator[None]:
     yield
 
 
+def wait_until(true: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + 60
+    while not true():
+        assert time.monotonic() < deadline
+        time.sleep(0.5)
+
+
 @contextlib.contextmanager
 def full_disk(cluster: Nodes) -> Iterator[None]:
     cluster.nodes[-1].lose()
-    cluster.add(disk_mb=_SMALL_DISK_MB).fill_disk()
+    node = cluster.add(disk_mb=_SMALL_DISK_MB)
+    wait_until(lambda: len(nodes.free_disks(cluster.head)) == len(cluster.nodes) - 1)  # it tells, and will go on
+    node.fill_disk()
+    wait_until(lambda: min(nodes.free_disks(cluster.head)) < 1e6)
     yield
 
 
