@@ -37,5 +37,8 @@ soak: install ## ten minutes of robots at one endpoint, then slow tests and faul
 	$(BIN)/python benchmarks/soak.py --out benchmarks/results/soak.json
 	$(BIN)/pytest -m slow --fault-seeds 10
 
-bench: install ## every benchmark, one after the other
-	@for benchmark in $(filter-out benchmarks/soak.py,$(wildcard benchmarks/*.py)); do echo "== $$benchmark"; $(BIN)/python $$benchmark || exit 1; done
+# They take long, or an environment with the original's simulator.
+BY_HAND = $(addprefix benchmarks/,soak.py simpler_spread.py simpler_original.py)
+
+bench: install ## every benchmark that needs no more than this machine, one after the other
+	@for benchmark in $(filter-out $(BY_HAND),$(wildcard benchmarks/*.py)); do echo "== $$benchmark"; $(BIN)/python $$benchmark || exit 1; done

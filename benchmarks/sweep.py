@@ -51,6 +51,7 @@ _CALL_S = 0.2
 _CORES = os.cpu_count() or 1
 _WARM_UP = 1  # episodes
 _SAMPLE_S = 0.5
+_SAMPLES_A_SEARCH = 2  # looking for processes at every sample takes a percent of a core
 
 
 class SlowPolicy(RandomPolicy):
@@ -123,13 +124,23 @@ def _processor_time() -> Iterator[list[tuple[float, float]]]:
     used: dict[int, float] = {}
     over, own = threading.Event(), psutil.Process()
 
+    def simulators() -> list[psutil.Process]:
+        found = []
+        for process in own.children(recursive=True):  # others may have simulators of theirs on this machine
+            with contextlib.suppress(psutil.NoSuchProcess):
+                if (process.cmdline() or [""])[0].startswith("ray::SimulatorImpl"):
+                    found.append(process)
+        return found
+
     def watch() -> None:
+        watched: list[psutil.Process] = []
         while not over.wait(_SAMPLE_S):
-            for process in own.children(recursive=True):  # others may have simulators of theirs on this machine
+            if len(samples) % _SAMPLES_A_SEARCH == 0:
+                watched = simulators()
+            for process in watched:
                 with contextlib.suppress(psutil.NoSuchProcess):
-                    if (process.cmdline() or [""])[0].startswith("ray::SimulatorImpl"):
-                        times = process.cpu_times()
-                        used[process.pid] = times.user + times.system
+                    times = process.cpu_times()
+                    used[process.pid] = times.user + times.system
             samples.append((time.time(), sum(used.values())))
 
     thread = threading.Thread(target=watch)

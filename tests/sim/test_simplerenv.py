@@ -5,11 +5,13 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from itertools import combinations
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from golden_rollouts import GOLDEN, boxed, golden, offset_mm, turn_deg
 from PIL import Image
 
 from dualvla.errors import DataError, PolicyError, UsageError
@@ -20,15 +22,13 @@ from dualvla_eval.simpler import episodes, widowx_tasks
 from dualvla_eval.simpler.assets import Assets
 from dualvla_eval.suites import Episode, get_suite
 
-GOLDEN = Path(__file__).parent / "golden_simpler"
 SUITE = widowx_tasks.SUITE
 FREE = sorted(p.stem for p in GOLDEN.glob("widowx_*.json"))
+BODIES = json.loads((GOLDEN / "bodies.json").read_text())["models"]
 CONTACT = sorted(f"contact/{p.stem}" for p in (GOLDEN / "contact").glob("widowx_*.json"))
 
-# What another version of PhysX leaves (docs/simplerenv.md), in mm and degrees: the spoon rolls by 6 degrees on
-# its round back, the loose plane under the basket slides by 5 mm.
-SETTLED = {"bridge_spoon_generated_modified": (1.3, 6.5), "dummy_sink_target_plane": (6.0, 1.0)}
-FINAL_MM = {"eggplant": 20}  # it rolls in the basket, as no two runs of different builds do alike
+# The loose plane under the basket hits its walls at 2.7 m/s and then slides by 5 mm more or less (docs/simplerenv.md).
+SETTLED = {"dummy_sink_target_plane": (6.0, 1.0)}
 
 
 @pytest.fixture(scope="module")
@@ -40,25 +40,8 @@ def env(simpler_assets: Assets) -> Any:
     made.close()
 
 
-def golden(name: str) -> dict[str, Any]:
-    return json.loads((GOLDEN / f"{name}.json").read_text())
-
-
 def start(env: Any, task: str, episode_id: int) -> dict[str, Any]:
     return env.reset(options={"episode": Episode(SUITE, task, "base", episode_id, 0)})[0]
-
-
-def offset_mm(pose: Any, expected: list[float]) -> float:
-    return 1e3 * float(np.linalg.norm(np.subtract(pose.p, expected[:3])))
-
-
-def turn_deg(pose: Any, expected: list[float]) -> float:
-    cosine = abs(float(np.dot(pose.q, expected[3:]) / np.linalg.norm(expected[3:]) / np.linalg.norm(pose.q)))
-    return float(np.degrees(2 * np.arccos(min(cosine, 1.0))))
-
-
-def boxed(picture: np.ndarray) -> np.ndarray:
-    return np.asarray(Image.fromarray(picture).resize((160, 120), Image.Resampling.BOX), dtype=np.float64)
 
 
 @pytest.mark.parametrize("task", list(widowx_tasks.TASKS))
@@ -78,6 +61,45 @@ def test_the_numbered_episodes_are_the_originals(task: str) -> None:
         widowx_tasks.setup(task, 24)
 
 
+@pytest.mark.sim
+@pytest.mark.parametrize("model", list(BODIES))
+def test_a_model_weighs_what_it_did_and_has_the_same_pieces(simpler_assets: Assets, model: str) -> None:
+    from sapien.physx import PhysxMaterial
+
+    from dualvla_eval.simpler.pieces import PiecewiseBuilder
+
+    builder = PiecewiseBuilder()
+    builder.add_pieces(
+        simpler_assets.path(f"custom/models/{model}/collision.obj"), 1.0, PhysxMaterial(0.5, 0.5, 0), 1e3
+    )
+    body = builder.build_physx_component()
+    assert len(body.collision_shapes) == BODIES[model]["hulls"]
+    assert body.mass == pytest.approx(BODIES[model]["mass_kg"], rel=1e-4)
+    np.testing.assert_allclose(body.cmass_local_pose.p, BODIES[model]["center_m"], atol=1e-5)
+
+
+@pytest.mark.sim
+def test_parts_of_one_object_are_pieces_and_a_damaged_mesh_is_named(tmp_path: Path) -> None:
+    from dualvla_eval.simpler.pieces import convex_pieces
+
+    def tetrahedron(x: float) -> str:
+        return "".join(f"v {x + a} {b} {c}\n" for a, b, c in [(0, 0, 0), (1, 0, 0), (0, 1, 0), (0, 0, 1)])
+
+    def faces(first: int) -> str:
+        return "".join(f"f {first + a}//1 {first + b}//1 {first + c}//1\n" for a, b, c in combinations(range(4), 3))
+
+    mesh = tmp_path / "apart.obj"
+    mesh.write_text("o one\n" + tetrahedron(0) + tetrahedron(2) + faces(1) + faces(5))
+    assert [len(piece) for piece in convex_pieces(str(mesh))] == [4, 4]
+    mesh = tmp_path / "touching.obj"  # the corner at x = 1, written twice
+    mesh.write_text("o one\n" + tetrahedron(0) + tetrahedron(1) + faces(1) + faces(5))
+    assert [len(piece) for piece in convex_pieces(str(mesh))] == [7]
+    mesh = tmp_path / "damaged.obj"
+    mesh.write_text(tetrahedron(0) + "f 1 2 9\n")
+    with pytest.raises(DataError, match=r"line 5 .*damaged\.obj"):
+        convex_pieces(str(mesh))
+
+
 @pytest.mark.slow
 @pytest.mark.sim
 @pytest.mark.parametrize("name", FREE + CONTACT)
@@ -92,25 +114,31 @@ def test_a_rollout_of_the_original_is_repeated(env: Any, name: str) -> None:
             assert offset_mm(env.world.pose(model), expected) < most_mm, model
             assert turn_deg(env.world.pose(model), expected) < most_deg, model
 
-    picture, theirs = boxed(obs["images"]["main"]), np.asarray(Image.open(GOLDEN / f"{name}.png").convert("RGB"))
-    error = np.abs(picture - theirs)
-    simulated = np.any(boxed(env.task.photo) != theirs, axis=-1)
+    picture, expected = boxed(obs["images"]["main"]), np.asarray(Image.open(GOLDEN / f"{name}.png").convert("RGB"))
+    error = np.abs(picture - expected)
+    simulated = np.any(boxed(env.task.photo) != expected, axis=-1)
     assert error.mean() <= 1.0
     assert error[simulated].mean() <= 4.0
 
-    info: dict[str, Any] = {"success": False}
-    free = name in FREE
-    for i, action in enumerate(recorded["actions"]):
+    solved = []
+    ours = [env.task.agent.joint_names.index(finger) for finger in env.task.agent.spec.finger_joints]
+    theirs = [recorded["joints"].index(finger) for finger in env.task.agent.spec.finger_joints]
+    for i, action in enumerate(recorded["actions"], 1):
         *_, info = env.step_native(np.array(action))
-        untouched = not any(c.pressed and "robot" in (c.first.kind, c.second.kind) and c.first.kind != c.second.kind
-                            for c in env.world.contacts)  # fmt: skip
-        if free and untouched:
-            tool = env.task.agent.tool_poses()[0]
-            assert offset_mm(tool, recorded["tcp"][i + 1]) < 0.2, i
-            assert turn_deg(tool, recorded["tcp"][i + 1]) < 0.1, i
-    assert info["success"] == recorded["final_info"]["success"]
+        solved.append(info["success"])
+        touched = any(c.pressed and "robot" in (c.first.kind, c.second.kind) and c.first.kind != c.second.kind
+                      for c in env.world.contacts)  # fmt: skip
+        most_mm, most_deg = (2.0, 0.5) if touched or name in CONTACT else (0.05, 0.1)
+        tool = env.task.agent.tool_poses()[0]
+        assert offset_mm(tool, recorded["tcp"][i]) < most_mm, i
+        assert turn_deg(tool, recorded["tcp"][i]) < most_deg, i
+        apart = env.task.agent.qpos()[0][ours] - np.array(recorded["qpos"][i])[theirs]
+        assert np.abs(apart).max() < 4e-3, i  # each by itself: the first to touch waits for the other
+    assert solved[-1] == recorded["final_info"]["success"]
+    if any(solved):
+        assert abs(solved.index(True) + 1 - recorded["first_success_step"]) <= 1
     source = env.task.setup.source
-    assert offset_mm(env.world.pose(source), recorded["objects_final"][source]) < FINAL_MM.get(source, 10)
+    assert offset_mm(env.world.pose(source), recorded["objects_final"][source]) < 10
 
 
 @pytest.mark.slow

@@ -1,13 +1,12 @@
 """What both SimplerEnv robots share as mani_skill agents: loading, parking, passive forces, the tool, the gripper.
 
-Knows mani_skill; no task. A robot is a subclass that names its file, links, materials and controllers; `agent_class`
+Knows mani_skill; no task. A robot is a subclass that names its `RobotSpec` and its controllers; `agent_class`
 finds it by `RobotSetup.kind`.
 """
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
 from typing import Any, ClassVar
 
 import numpy as np
@@ -18,6 +17,7 @@ from mani_skill.utils import sapien_utils
 from mani_skill.utils.structs import Articulation, Link
 
 from dualvla_eval.simpler.assets import Assets
+from dualvla_eval.simpler.robots import RobotSpec
 from dualvla_eval.simpler.specs import ROBOT_FOLDERS, RobotSetup, Vector
 
 PARKED = sapien.Pose([-10, 0, 0])  # where the robot waits until the objects have settled
@@ -25,52 +25,57 @@ _GLOSS = {"specular": 0.9, "roughness": 0.3}
 
 
 class SimplerAgent(BaseAgent, ABC):
-    """urdf_files: version -> file name. tool: the link whose pose is commanded.
+    """spec: the original's set-up, with what is helped of it.
 
-    materials: link -> (friction, radius of the contact patch). collision_groups: link -> the four words of SAPIEN.
     grasp_sides: the links of each side of the gripper, and the sign of their y axis along which a grasped object pushes
     them, within grasp_angle_deg. unrotated: the orientation of the tool, in the base frame, that is told as no
     rotation, so that Euler angles stay small.
     """
 
-    urdf_files: ClassVar[Mapping[str, str]]
-    tool: ClassVar[str]
-    materials: ClassVar[Mapping[str, tuple[float, float]]] = {}
-    collision_groups: ClassVar[Mapping[str, tuple[int, int, int, int]]] = {}
-    gripper_joints: ClassVar[tuple[str, ...]]
+    spec: ClassVar[RobotSpec]
     grasp_sides: ClassVar[tuple[tuple[tuple[str, ...], float], ...]]
     grasp_angle_deg: ClassVar[float]
     unrotated: ClassVar[tuple[Vector, Vector, Vector]] = ((1.0, 0.0, 0.0), (0.0, 1.0, 0.0), (0.0, 0.0, 1.0))
 
     def __init__(self, scene: Any, setup: RobotSetup, assets: Assets, control_hz: int):
         self.setup = setup
-        self.urdf_path = assets.path(f"robots/{ROBOT_FOLDERS[setup.kind]}/{self.urdf_files[setup.urdf]}")
+        self.urdf_path = assets.path(f"robots/{ROBOT_FOLDERS[setup.kind]}/{self.spec.files[setup.urdf]}")
         self.urdf_config = {
             "_materials": {
                 link: {"static_friction": friction, "dynamic_friction": friction, "restitution": 0.0}
-                for link, (friction, _) in self.materials.items()
+                for link, (friction, _) in self.spec.materials.items()
             },
             "link": {
                 link: {"material": link, "patch_radius": radius, "min_patch_radius": radius}
-                for link, (_, radius) in self.materials.items()
+                for link, (_, radius) in self.spec.materials.items()
             },
         }
         super().__init__(scene, control_hz, initial_pose=PARKED)
 
+    def _load_articulation(self, initial_pose: sapien.Pose | None = None) -> None:
+        """Without the file's mimic joints, which SAPIEN 2 did not know: each finger follows its own drive."""
+        loader = self.scene.create_urdf_loader()
+        loader.name = self.uid
+        sapien_utils.apply_urdf_config(loader, sapien_utils.parse_urdf_config(self.urdf_config))
+        (builder,) = loader.parse(self.urdf_path)["articulation_builders"]
+        builder.initial_pose = initial_pose
+        self.robot = builder.build(build_mimic_joints=False)
+        self.robot_link_names = [link.name for link in self.robot.get_links()]
+
     def _after_loading_articulation(self) -> None:
         robot: Articulation = self.robot
-        for link_name, groups in self.collision_groups.items():
+        for link_name, groups in self.spec.collision_groups.items():
             for body in robot.links_map[link_name]._objs:
                 for shape in body.collision_shapes:
                     shape.set_collision_groups(list(groups))
         if self.setup.glossy:
             for articulation in robot._objs:
                 sapien_utils.set_articulation_render_material(articulation, **_GLOSS)
-        self.tool_link: Link = robot.links_map[self.tool]
+        self.tool_link: Link = robot.links_map[self.spec.tool]
         self.base_link: Link = robot.links[0]
         names = [joint.name for joint in robot.active_joints]
         self.start_qpos = np.array([self.setup.qpos[name] for name in names], dtype=np.float32)
-        self._gripper_indices = [names.index(name) for name in self.gripper_joints]
+        self._gripper_indices = [names.index(name) for name in self.spec.finger_joints]
         self._passive = list(robot._objs) if scene_on_cpu(self.scene) else []
 
     def _after_init(self) -> None:

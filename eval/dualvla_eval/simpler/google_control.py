@@ -9,74 +9,38 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-import ruckig
 import sapien
 import torch
 from mani_skill.agents.controllers.base_controller import ControllerConfig
 
-from dualvla.errors import PlatformError
-from dualvla_eval.simpler.control import Drives, JointController, quaternion
-
-
-@dataclass(frozen=True)
-class MotionLimits:
-    """Of each joint: rad/s, rad/s^2, rad/s^3."""
-
-    speed: float
-    acceleration: float
-    jerk: float
-
-
-@dataclass(frozen=True)
-class JointPath:
-    """positions, velocities: [steps + 1, joints], rad and rad/s; row 0 is the start."""
-
-    positions: np.ndarray
-    velocities: np.ndarray
-
-
-def plan(
-    start: np.ndarray, velocity: np.ndarray, goal: np.ndarray, limits: MotionLimits, sim_hz: float, steps: int
-) -> JointPath:
-    """The fastest motion from `start` at `velocity` to rest at `goal`, its first `steps` substeps. All [joints]; rad.
-
-    It takes what time it needs, often many control steps: only the beginning is executed. Raises: PlatformError.
-    """
-    joints = len(start)
-    query = ruckig.InputParameter(joints)
-    query.current_position, query.current_velocity = start.tolist(), velocity.tolist()
-    query.target_position = goal.tolist()
-    query.max_velocity = [limits.speed] * joints
-    query.max_acceleration = [limits.acceleration] * joints
-    query.max_jerk = [limits.jerk] * joints
-    found = ruckig.Trajectory(joints)
-    result = ruckig.Ruckig(joints).calculate(query, found)
-    if result not in (ruckig.Result.Working, ruckig.Result.Finished):
-        raise PlatformError(f"Ruckig plans no motion from {start} to {goal} rad: {result}.", "are they finite?")
-    samples = [found.at_time(step / sim_hz)[:2] for step in range(steps + 1)]
-    return JointPath(np.array([s[0] for s in samples]), np.array([s[1] for s in samples]))
+from dualvla_eval.simpler.control import JointController
+from dualvla_eval.simpler.motion import JointPath, MotionLimits, plan, quaternion
+from dualvla_eval.simpler.robots import (
+    GOOGLE_ARM_MOTION,
+    GOOGLE_FINGER_MARGIN_RAD,
+    GOOGLE_FINGER_MOTION,
+    GOOGLE_FINGER_REPEAT_RAD,
+    GOOGLE_FINGER_STEP_RAD,
+    Drives,
+)
 
 
 class PlannedController(JointController):
     """Follows one `JointPath` an environment: row k is set before substep k.
 
-    What is sent is clipped to `config.limits_rad`, as SAPIEN 2 did; what is remembered is not. Velocities are measured
-    as differences of positions: those of SAPIEN 3 are off by rad/s while a finger presses on something.
+    What is sent is clipped to `config.limits_rad`, as SAPIEN 2 did; what is remembered is not.
     """
 
     def reset(self) -> None:
         self.paths: list[JointPath] = []
         self._row = 0
-        self._positions_before: np.ndarray | None = None  # of the last substep
 
     def before_simulation_step(self) -> None:
         if not self.paths:
             return
         self._row = min(self._row + 1, self._sim_steps)
-        if self._row == self._sim_steps:
-            self._positions_before = self._positions()
         low, high = self.config.limits_rad.T
-        positions = self._balanced(np.clip([path.positions[self._row] for path in self.paths], low, high))
+        positions = np.clip([path.positions[self._row] for path in self.paths], low, high)
         velocities = np.array([path.velocities[self._row] for path in self.paths])
         if self.scene.gpu_sim_enabled:
             self._drive_to(positions)
@@ -91,10 +55,6 @@ class PlannedController(JointController):
             if self.config.drives_velocity:
                 raw.set_drive_velocity_target(velocities[0, i])
 
-    def _balanced(self, targets: np.ndarray) -> np.ndarray:
-        """[N, joints] as they are sent."""
-        return targets
-
     def _follow(self, paths: list[JointPath]) -> None:
         self.paths = paths
         self._row = 0
@@ -104,11 +64,8 @@ class PlannedController(JointController):
 
     def _measured(self) -> tuple[np.ndarray, np.ndarray]:
         """Positions and clipped velocities of this controller's joints, [N, joints] each."""
-        positions, speed = self._positions(), self.config.motion.speed
-        if self._positions_before is None:
-            return positions, np.zeros_like(positions)
-        sim_hz = self._sim_steps * self._control_freq
-        return positions, np.clip((positions - self._positions_before) * sim_hz, -speed, speed)
+        speed = self.config.motion.speed
+        return self._positions(), np.clip(self.qvel.cpu().numpy().astype(np.float64), -speed, speed)
 
     def _positions(self) -> np.ndarray:
         """[N, joints], rad."""
@@ -158,17 +115,30 @@ class PlannedGripperController(PlannedController):
         self.goals = self._positions()
         self._sent = self.goals
 
-    def _balanced(self, targets: np.ndarray) -> np.ndarray:
-        """Around an object, the fingers press less hard and stay opposite each other.
+    def set_drive_property(self) -> None:
+        super().set_drive_property()
+        for joint in self.joints:
+            for raw in joint._objs:
+                raw.set_armature(np.full((raw.dof,), self.config.armature, dtype=np.float32))
 
-        At the force limit each finger would press alike wherever it is, and SAPIEN 3's residual forces would carry a
-        light object sideways out of the hand, which SAPIEN 2's did not. Fingers that have met are left alone.
+    def _measured(self) -> tuple[np.ndarray, np.ndarray]:
+        """As SAPIEN 2 measured them: a finger that something holds back seems to move on by what its drive pushes.
+
+        So a hand that holds an object plans to go on closing at once; measured truly, it would let go a little at the
+        beginning of every control step.
         """
-        positions = self._positions()
-        middle = positions.mean(axis=1, keepdims=True)
-        pressing = np.clip(targets, middle - self.config.press_rad, middle + self.config.press_rad)
-        opposed = pressing - self.config.coupling * (positions - middle)
-        return np.where(middle < self.config.met_rad, opposed, targets)
+        positions, velocities = super()._measured()
+        if not self.paths:
+            return positions, velocities
+        drives, speed = self.config.drives, self.config.motion.speed
+        ahead = np.array([path.positions[self._row] for path in self.paths]) - positions
+        faster = np.array([path.velocities[self._row] for path in self.paths]) - velocities
+        torques = np.clip(
+            np.multiply(drives.stiffness, ahead) + np.multiply(drives.damping, faster),
+            np.negative(drives.force_limit),
+            drives.force_limit,
+        )
+        return positions, np.clip(velocities + self.config.seeming_speed * torques, -speed, speed)
 
     def set_action(self, action: torch.Tensor) -> None:
         change = np.clip(action.cpu().numpy().astype(np.float64), -1, 1) * self.config.step_rad
@@ -188,7 +158,7 @@ class PlannedToolConfig(ControllerConfig):
     agent: Any
     drives: Drives
     limits_rad: np.ndarray
-    motion: MotionLimits = MotionLimits(speed=1.5, acceleration=2.0, jerk=50.0)
+    motion: MotionLimits = GOOGLE_ARM_MOTION
     action_size: int = 6
     drives_velocity: bool = False
     controller_cls = PlannedToolController
@@ -198,19 +168,18 @@ class PlannedToolConfig(ControllerConfig):
 class PlannedGripperConfig(ControllerConfig):
     """limits_rad: [fingers, 2]. step_rad: what an action of 1 adds. Goals may lie `margin_rad` beyond the limits.
 
-    press_rad: how far ahead of the fingers a target may be. coupling: how much stiffer their difference is than each of
-    them. met_rad: beyond, they press on each other. See `_balanced`.
+    armature: kg m^2 added to each finger's inertia; with fingers as light as the file's, SAPIEN 3 pushes the arm away
+    from what is in the hand. seeming_speed: rad/s per N m, see `_measured`.
     """
 
     drives: Drives
     limits_rad: np.ndarray
-    step_rad: float = 1.31
-    margin_rad: float = 0.01
-    repeat_below_rad: float = 1e-3
-    motion: MotionLimits = MotionLimits(speed=1.0, acceleration=7.0, jerk=50.0)
+    step_rad: float = GOOGLE_FINGER_STEP_RAD
+    margin_rad: float = GOOGLE_FINGER_MARGIN_RAD
+    repeat_below_rad: float = GOOGLE_FINGER_REPEAT_RAD
+    motion: MotionLimits = GOOGLE_FINGER_MOTION
     action_size: int = 1
     drives_velocity: bool = True
-    press_rad: float = 0.1
-    coupling: float = 10.0
-    met_rad: float = 0.95
+    armature: float = 0.004
+    seeming_speed: float = 0.13
     controller_cls = PlannedGripperController

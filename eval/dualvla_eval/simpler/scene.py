@@ -14,6 +14,7 @@ from mani_skill.utils.structs import Actor
 from mani_skill.utils.structs.pose import Pose as PoseStruct
 
 from dualvla_eval.simpler.assets import Assets
+from dualvla_eval.simpler.pieces import PiecewiseBuilder
 from dualvla_eval.simpler.specs import EpisodeSetup, ObjectSetup, Pose
 
 STAGE = "arena"
@@ -21,6 +22,7 @@ _Y_UP_TO_Z_UP = sapien.Pose(q=[np.sqrt(0.5), np.sqrt(0.5), 0, 0])
 _WHITE_FLOOR_HALF_M = [10, 10, 0.017]
 _OBJECT_MATERIAL = {"static_friction": 0.5, "dynamic_friction": 0.5, "restitution": 0.0}
 _DAMPING = 0.1
+_SLEEP_THRESHOLD = 0.01  # twice SAPIEN 2's: what rests trembles more, and two of five oranges would roll away
 _FLAT = 1  # SAPIEN's shading mode
 WAITING_M = 20.0  # above their place, where objects that are dropped later wait
 
@@ -64,24 +66,24 @@ def _start(spec: ObjectSetup) -> Pose:
 
 
 def _build_object(scene: Any, spec: ObjectSetup, density: float, assets: Assets) -> Actor:
-    builder = scene.create_actor_builder()
-    scale = [spec.scale] * 3
-    builder.add_multiple_convex_collisions_from_file(
+    builder = PiecewiseBuilder().set_scene(scene)
+    builder.add_pieces(
         assets.path(f"custom/models/{spec.model}/collision.obj"),
-        scale=scale,
-        material=sapien.physx.PhysxMaterial(**_OBJECT_MATERIAL),
-        density=density,
+        spec.scale,
+        sapien.physx.PhysxMaterial(**_OBJECT_MATERIAL),
+        density,
     )
     visual = assets.visual(spec.model)
     if visual is not None:
-        builder.add_visual_from_file(visual, scale=scale)
+        builder.add_visual_from_file(visual, scale=[spec.scale] * 3)
     builder.initial_pose = to_sapien(spec.pose)
     actor = builder.build(name=spec.model)
     if not spec.later:
         actor.set_linear_damping(_DAMPING)
         actor.set_angular_damping(_DAMPING)
-    if spec.locked or spec.later:
-        for body in actor._bodies:
+    for body in actor._bodies:
+        body.set_sleep_threshold(_SLEEP_THRESHOLD)
+        if spec.locked or spec.later:
             body.set_locked_motion_axes([True] * 6)
     for material in _materials(actor):
         if spec.matte:

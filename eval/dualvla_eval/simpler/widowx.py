@@ -1,10 +1,9 @@
-"""The WidowX 250 S of SimplerEnv: its arm and gripper controllers, materials and collision groups. Knows no task."""
+"""The WidowX 250 S of SimplerEnv: its arm and gripper controllers. Knows no task."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any
 
 import numpy as np
 import sapien
@@ -12,26 +11,9 @@ import torch
 from mani_skill.agents.controllers.base_controller import ControllerConfig
 
 from dualvla_eval.simpler.agent import SimplerAgent
-from dualvla_eval.simpler.control import Drives, JointController, Kinematics, quaternion
-
-ARM_JOINTS = ("waist", "shoulder", "elbow", "forearm_roll", "wrist_angle", "wrist_rotate")
-FINGER_JOINTS = ("left_finger", "right_finger")
-_GRIPPER_RANGE_M = (0.014, 0.038)
-
-
-_ARM_DRIVES = Drives(
-    stiffness=(
-        1169.7891719504198,
-        730.0,
-        808.4601346394447,
-        1229.1299089624076,
-        1272.2760456418862,
-        1056.3326605132252,
-    ),
-    damping=(330.0, 180.0, 152.12036565582588, 309.6215302722146, 201.04998711007383, 269.51458932695414),
-    force_limit=(200.0, 200.0, 100.0, 100.0, 100.0, 100.0),
-)
-_GRIPPER_DRIVES = Drives((1000.0, 1000.0), (200.0, 200.0), (60.0, 60.0))
+from dualvla_eval.simpler.control import JointController, Kinematics
+from dualvla_eval.simpler.motion import quaternion
+from dualvla_eval.simpler.robots import WIDOWX, WIDOWX_OPENING_M, Drives
 
 
 class ToolTargetController(JointController):
@@ -68,7 +50,7 @@ class GripperController(JointController):
         self.commanded = np.ones(self.scene.num_envs)
 
     def set_action(self, action: torch.Tensor) -> None:
-        low, high = _GRIPPER_RANGE_M
+        low, high = WIDOWX_OPENING_M
         self.commanded = (np.clip(action.cpu().numpy()[:, 0], -1, 1) + 1) / 2
         goal = (low + self.commanded * (high - low))[:, None]
         self._drive_to(np.repeat(goal, len(self.joints), axis=1))
@@ -77,33 +59,21 @@ class GripperController(JointController):
 @dataclass
 class ToolTargetConfig(ControllerConfig):
     agent: Any = None
-    drives: Drives = _ARM_DRIVES
+    drives: Drives = WIDOWX.arm_drives
     action_size: int = 6
     controller_cls = ToolTargetController
 
 
 @dataclass
 class GripperConfig(ControllerConfig):
-    drives: Drives = _GRIPPER_DRIVES
+    drives: Drives = WIDOWX.finger_drives
     action_size: int = 1
     controller_cls = GripperController
 
 
 class WidowX(SimplerAgent):
     uid = "simpler_widowx"
-    urdf_files: ClassVar[Mapping[str, str]] = {"": "wx250s.urdf"}
-    tool = "ee_gripper_link"
-    gripper_joints = FINGER_JOINTS
-    materials: ClassVar[Mapping[str, tuple[float, float]]] = {
-        "left_finger_link": (2.0, 0.01),
-        "right_finger_link": (2.0, 0.01),
-    }
-    # The fingers slide inside the bar.
-    collision_groups: ClassVar[Mapping[str, tuple[int, int, int, int]]] = {
-        "gripper_bar_link": (1, 1, 0b11, 0),
-        "left_finger_link": (1, 1, 0b01, 0),
-        "right_finger_link": (1, 1, 0b10, 0),
-    }
+    spec = WIDOWX
     # BridgeData's: the tool that points down, its fingers across, is not rotated.
     unrotated = ((0.0, 0.0, 1.0), (0.0, 1.0, 0.0), (-1.0, 0.0, 0.0))
     grasp_angle_deg = 60.0
@@ -111,14 +81,14 @@ class WidowX(SimplerAgent):
 
     def _after_loading_articulation(self) -> None:
         super()._after_loading_articulation()
-        self.kinematics = Kinematics(str(self.urdf_path), self.robot, self.tool, ARM_JOINTS)
+        self.kinematics = Kinematics(str(self.urdf_path), self.robot, self.spec.tool, self.spec.arm_joints)
 
     @property
     def _controller_configs(self) -> dict[str, Any]:
         return {
             "arm_pd_ee_target_delta_pose_align2_gripper_pd_joint_pos": {
-                "arm": ToolTargetConfig(list(ARM_JOINTS), agent=self),
-                "gripper": GripperConfig(list(FINGER_JOINTS)),
+                "arm": ToolTargetConfig(list(self.spec.arm_joints), agent=self),
+                "gripper": GripperConfig(list(self.spec.finger_joints)),
             }
         }
 
@@ -134,6 +104,6 @@ class WidowX(SimplerAgent):
         return self.controller.controllers["gripper"].commanded
 
     def openings(self) -> np.ndarray:
-        low, high = _GRIPPER_RANGE_M
+        low, high = WIDOWX_OPENING_M
         fingers = self.qpos()[:, self._gripper_indices].mean(axis=1)
         return np.clip((fingers - low) / (high - low), 0, 1)
