@@ -53,7 +53,10 @@ def progress(description: str, total: int, done: int = 0) -> Iterator[Callable[[
             tell(stage, "done", n)
             tell(stage, "remaining", remaining)
 
-        yield advance
+        try:
+            yield advance
+        finally:  # what a limit or an error left undone waits no longer
+            tell(stage, "remaining", 0)
 
 
 @contextlib.contextmanager

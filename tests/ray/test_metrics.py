@@ -23,12 +23,13 @@ console.setup_logging(False)
 connect()
 with console.progress("pruning (parts)", 5) as advance:
     advance(2)
-for figure, amount in (("rows_out", 40), ("rows_quarantined", 3), ("samples", 64), ("retries", 1)):
-    console.tell("pruning", figure, amount)
-logging.getLogger("dualvla").warning("a line of the log")
-time.sleep(600)
+    for figure, amount in (("rows_out", 40), ("rows_quarantined", 3), ("samples", 64), ("retries", 1)):
+        console.tell("pruning", figure, amount)
+    logging.getLogger("dualvla").warning("a line of the log")
+    time.sleep(600)
 END
 """
+_LONG_S = 8  # after which Ray has forgotten a gauge that is not set again
 _NEED_A_GPU = {"ray_node_gram_used", "ray_node_gpus_utilization"}
 
 
@@ -54,14 +55,16 @@ def test_what_a_job_counts_is_scraped_and_is_all_that_is_asked_for(tmp_path: Pat
         job = json.loads(sent.stdout)["id"]
         last = {(f"ray_dualvla_stage_{name}", figure) for name, figure in (("total", "retries"), ("remaining", None))}
         last |= {("ray_node_mem_used", None)}
-        deadline, samples = time.monotonic() + 120, {}
-        while not last <= samples.keys():
-            assert time.monotonic() < deadline, sorted(samples, key=str)
+        deadline, samples, standing = time.monotonic() + 120, {}, None
+        while (missing := last - samples.keys()) or standing is None or time.monotonic() < standing + _LONG_S:
+            assert time.monotonic() < deadline, missing
             with urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics") as answer:
                 page = answer.read().decode()
             found = [s for family in text_string_to_metric_families(page) for s in family.samples]
-            samples = {(s.name, s.labels.get("figure")): s for s in found}
+            samples |= {(s.name, s.labels.get("figure")): s for s in found}
+            standing = standing or (time.monotonic() if not last - samples.keys() else None)
             time.sleep(0.5)
+        assert "ray_dualvla_stage_remaining" in {s.name for s in found}, "a stage that stands still is no longer told"
         values = {figure: s.value for (name, figure), s in samples.items() if name == "ray_dualvla_stage_total"}
         assert values == {"done": 2, "rows_out": 40, "rows_quarantined": 3, "samples": 64, "retries": 1}
         assert samples["ray_dualvla_stage_remaining", None].value == 3
