@@ -262,9 +262,12 @@ if __name__ == "__main__":
     answers = os.fdopen(os.dup(1), "w")  # SAPIEN writes to stdout, too
     os.dup2(2, 1)
     with tempfile.TemporaryDirectory() as folder:
-        found = Assets(Path(folder, "assets"))  # a copy: SAPIEN 2 writes beside what it reads, and reads that next time
+        found = Assets(Path(folder, "assets"))
         shutil.copytree(Assets.find().root, found.root)
+        theirs = set(found.root.rglob("*"))
         for line in sys.stdin:
             asked = Start(**json.loads(line))
             told = asdict(replay(asked, found)) if asked.recorded else settle(asked, found)
             print(json.dumps(told), file=answers, flush=True)
+            for written in set(found.root.rglob("*")) - theirs:  # SAPIEN 2 would read its hulls, which are less precise
+                written.unlink()

@@ -2,7 +2,8 @@
 
     python benchmarks/sweep.py [--suite blocks] [--task touch] [--only simulation,policy,hop] [--out FILE]
 
-Simulation-bound: the random policy. The ceiling is cores / CPU-seconds per step, as the serial loop measures them.
+Simulation-bound: the random policy. The ceiling is cores / CPU-seconds per step, as the serial loop measures them
+before and after the sweep.
 Policy-bound: the same actions from a policy that takes 200 ms a call, whatever the batch. Ray's own share: what a
 question costs beyond the policy's time (hop), and of `busy_share` what is missing: time between two episodes.
 
@@ -182,12 +183,16 @@ def _asking(rows: Sequence[dict[str, Any]], infer_ms: Sequence[float]) -> dict[s
 
 
 def simulation_bound(suite: Suite, arguments: argparse.Namespace) -> dict[str, Any]:
-    alone = serial(suite, suite.episodes(arguments.task)[: arguments.serial_episodes], 0.0)
+    episodes = suite.episodes(arguments.task)[: arguments.serial_episodes]
+    before = serial(suite, episodes, 0.0)
     many = sweep(suite, arguments.task, arguments.episodes, arguments.workers, 0.0, 1)
+    after = serial(suite, episodes, 0.0)
+    alone = {name: (before[name] + after[name]) / 2 for name in before}  # hosts drift by several percent in a minute
     bare = bare_loops(arguments)
     ceiling = _CORES / alone["cpu_s_per_step"]
     return {
         "serial": alone,
+        "serial_before_and_after": [before["steps_per_s"], after["steps_per_s"]],
         "sweep": many,
         "ceiling_steps_per_s": ceiling,
         "bare_loops_steps_per_s": bare,

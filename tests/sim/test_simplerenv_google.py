@@ -23,11 +23,11 @@ from dualvla_eval.suites import get_suite
 FREE = sorted(p.stem for p in GOLDEN.glob("google_*.json"))
 CONTACT = sorted(f"contact/{p.stem}" for p in (GOLDEN / "contact").glob("google_*.json"))
 # Farther than asked (docs/simplerenv.md), where the original does not repeat itself either when an object starts 0.1 mm
-# aside: the bottle then settles up to 2.1 mm and 1.3 degrees elsewhere, the can of this episode ends 8 to 18 mm away
-# (here 31),
+# aside: the bottle then settles up to 2.1 mm and 1.3 degrees elsewhere.
 SETTLED = {"blue_plastic_bottle": (2.5, 1.5)}
-LOOSE_MM = {"contact/google_robot_move_near_25": 40.0}
-# and in this one the hand slips off the drawer and misses the apple. What the drawer does is still compared.
+# Two recordings it repeats from 7 and from none of 30 such starts: where the object ends in it then, as
+# benchmarks/simpler_spread.py measured. In the second the hand slips off the drawer and misses the apple.
+BESIDE = golden("beside")
 SLIPPED = ("contact/google_robot_place_apple_in_closed_top_drawer_0",)
 
 
@@ -158,8 +158,9 @@ def test_a_whole_episode_ends_as_in_the_original(env: Any, name: str) -> None:
     if name not in SLIPPED:
         assert solved[-1] == recorded["success"]
         assert abs(solved.index(True) + 1 - recorded["first_success_step"]) <= 1
-    if source in recorded["objects_final"] and name not in SLIPPED:
-        assert offset_mm(env.world.pose(source), recorded["objects_final"][source]) < LOOSE_MM.get(name, 10)
+    if source in recorded["objects_final"]:
+        ends = [recorded["objects_final"][source], *BESIDE.get(name, [])]
+        assert min(offset_mm(env.world.pose(source), end) for end in ends) < 10
     if "cabinet_qpos" in recorded:
         theirs = np.array(recorded["cabinet_qpos"])[
             1:, recorded["cabinet_joints"].index(f"{recorded['drawer_id']}_drawer_joint")
