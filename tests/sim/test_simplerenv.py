@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from golden_rollouts import GOLDEN, boxed, golden, offset_mm, turn_deg
+from golden_rollouts import GOLDEN, boxed, end_offset_mm, golden, offset_mm, turn_deg
 from PIL import Image
 
 from dualvla.errors import DataError, PolicyError, UsageError
@@ -138,7 +138,7 @@ def test_a_rollout_of_the_original_is_repeated(env: Any, name: str) -> None:
     if any(solved):
         assert abs(solved.index(True) + 1 - recorded["first_success_step"]) <= 1
     source = env.task.setup.source
-    assert offset_mm(env.world.pose(source), recorded["objects_final"][source]) < 10
+    assert end_offset_mm(name, source, env.world.pose(source)) < 10
 
 
 @pytest.mark.slow
