@@ -1,5 +1,6 @@
 """`dualvla serve` on a real checkpoint, as a user runs it; and the loop closed through it by `dualvla eval`."""
 
+import asyncio
 import contextlib
 import json
 import os
@@ -21,7 +22,7 @@ import serve_fakes
 from ray import cloudpickle
 from serve_fakes import load_broken
 from unit import vla_fakes
-from websockets.sync.client import connect
+from websockets.asyncio.client import connect
 
 from dualvla import cli
 from dualvla.client import PolicyClient, RemotePolicy
@@ -133,23 +134,24 @@ def test_new_weights_answer_on_the_same_encrypted_connection_and_what_happened_i
     old = VLAPolicy.from_pretrained(folder)
     trusting = ssl.create_default_context(cafile=certificate[0])
     tls = ["--cert", certificate[0], "--key-file", certificate[1], "--record", str(recorded)]
-    with served(folder, *tls) as endpoint:
-        with connect(endpoint["websocket"], ssl=trusting) as proxied:
-            direct = unpack(proxied.recv())["listener"]
+
+    async def talk(endpoint: dict[str, Any]) -> None:
+        async with connect(endpoint["websocket"], ssl=trusting) as proxied:
+            direct = unpack(await proxied.recv())["listener"]
         assert direct.startswith("wss://")
-        with (
+        async with (
             connect(f"{endpoint['websocket']}/?session=a", ssl=trusting) as proxied,
             connect(f"{direct}/?session=b", ssl=trusting) as straight,
         ):
             pair = {"a": proxied, "b": straight}
             for connection in pair.values():
-                connection.recv()
+                await connection.recv()
 
-            def ask(name: str, step: int) -> dict[str, Any]:
-                pair[name].send(pack(messages.observation_to_wire(observation(5, step))))
-                return unpack(pair[name].recv(timeout=60))
+            async def ask(name: str, step: int) -> dict[str, Any]:
+                await pair[name].send(pack(messages.observation_to_wire(observation(5, step))))
+                return unpack(await asyncio.wait_for(pair[name].recv(), 60))
 
-            first = {name: ask(name, 0) for name in pair}
+            first = {name: await ask(name, 0) for name in pair}
             for name, reply in first.items():
                 np.testing.assert_array_equal(reply["actions"], old.infer([observation(5)], [name])[0].actions)
             write_checkpoint(folder, seed=2)
@@ -157,9 +159,12 @@ def test_new_weights_answer_on_the_same_encrypted_connection_and_what_happened_i
             os.kill(endpoint["pid"], signal.SIGHUP)
             deadline = time.monotonic() + 120
             for name in pair:
-                while (reply := ask(name, 1))["model"] == first[name]["model"]:
+                while (reply := await ask(name, 1))["model"] == first[name]["model"]:
                     assert time.monotonic() < deadline
                 np.testing.assert_array_equal(reply["actions"], new.infer([observation(5, 1)], [name])[0].actions)
+
+    with served(folder, *tls) as endpoint:
+        asyncio.run(talk(endpoint))
     (replica,) = recorded.iterdir()
     rows = open_dataset(str(replica)).read(["episode_id", "instruction"]).to_pylist()
     assert len({row["episode_id"] for row in rows}) == 2
