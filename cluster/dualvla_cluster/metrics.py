@@ -32,7 +32,6 @@ class _Export:
     def __call__(self, stage: str, figure: str, amount: float) -> None:
         if figure == "remaining":
             self._left[stage] = amount
-            self._remaining.set(amount, {"stage": stage, "run": self._run})
         elif amount > 0:  # Ray refuses to count nothing
             self._total.inc(amount, {"stage": stage, "figure": figure, "run": self._run})
 

@@ -7,6 +7,7 @@ import re
 import time
 import urllib.request
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
@@ -40,6 +41,14 @@ def expressions() -> list[str]:
     return [target["expr"] for panel in board["panels"] for target in panel["targets"]] + rules
 
 
+def scraped(port: int) -> dict[tuple[str, str | None], Any]:
+    """(name, label `figure`) -> sample."""
+    with urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics") as answer:
+        page = answer.read().decode()
+    found = [s for family in text_string_to_metric_families(page) for s in family.samples]
+    return {(s.name, s.labels.get("figure")): s for s in found}
+
+
 @pytest.mark.slow
 def test_what_a_job_counts_is_scraped_and_is_all_that_is_asked_for(tmp_path: Path) -> None:
     import sys
@@ -55,16 +64,15 @@ def test_what_a_job_counts_is_scraped_and_is_all_that_is_asked_for(tmp_path: Pat
         job = json.loads(sent.stdout)["id"]
         last = {(f"ray_dualvla_stage_{name}", figure) for name, figure in (("total", "retries"), ("remaining", None))}
         last |= {("ray_node_mem_used", None)}
-        deadline, samples, standing = time.monotonic() + 120, {}, None
-        while (missing := last - samples.keys()) or standing is None or time.monotonic() < standing + _LONG_S:
+        deadline, samples = time.monotonic() + 120, {}
+        while missing := last - samples.keys():
             assert time.monotonic() < deadline, missing
-            with urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics") as answer:
-                page = answer.read().decode()
-            found = [s for family in text_string_to_metric_families(page) for s in family.samples]
-            samples |= {(s.name, s.labels.get("figure")): s for s in found}
-            standing = standing or (time.monotonic() if not last - samples.keys() else None)
+            samples |= scraped(port)
             time.sleep(0.5)
-        assert "ray_dualvla_stage_remaining" in {s.name for s in found}, "a stage that stands still is no longer told"
+        time.sleep(_LONG_S)
+        while ("ray_dualvla_stage_remaining", None) not in scraped(port):
+            assert time.monotonic() < deadline, "a stage that stands still is no longer told"
+            time.sleep(0.5)
         values = {figure: s.value for (name, figure), s in samples.items() if name == "ray_dualvla_stage_total"}
         assert values == {"done": 2, "rows_out": 40, "rows_quarantined": 3, "samples": 64, "retries": 1}
         assert samples["ray_dualvla_stage_remaining", None].value == 3
