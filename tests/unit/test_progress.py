@@ -1,0 +1,16 @@
+"""What a stage tells of its progress to whoever watches."""
+
+from __future__ import annotations
+
+import pytest
+
+from dualvla import console
+
+
+def test_what_an_error_left_undone_waits_no_longer(monkeypatch: pytest.MonkeyPatch) -> None:
+    told: list[tuple[str, str, float]] = []
+    monkeypatch.setattr(console, "_watchers", [lambda *figures: told.append(figures)])
+    with pytest.raises(ZeroDivisionError), console.progress("pruning (parts)", 5) as advance:
+        advance(2)
+        raise ZeroDivisionError
+    assert [amount for _, figure, amount in told if figure == "remaining"] == [5, 3, 0]
